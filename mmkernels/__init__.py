@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""mmkernels: fused kernels for the multimodal front of MM-LLMs, as torch ops."""
+
+from mmkernels.backends import backend, load_native
+from mmkernels.ops import OPS, cross_attention, merge_embeddings, patch_embed, poll_errors
+from mmkernels.version import __version__
+
+load_native()
+
+__all__ = [
+    "OPS",
+    "__version__",
+    "backend",
+    "cross_attention",
+    "merge_embeddings",
+    "patch_embed",
+    "poll_errors",
+]

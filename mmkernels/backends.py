@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel runs: the op library, the native library, and the reference behind both.
+
+Every op is defined once, in Python (``define``), with the plain PyTorch reference under
+``CompositeExplicitAutograd``. A kernel is whatever is registered above it for a device: C++ and CUDA
+from ``_C.so`` (``load_native``), Triton from Python (``register_triton``). The dispatcher chooses, so
+there is no ``if`` to get wrong; when it lands on the reference we say so once, with the remedy.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("mmkernels")
+LIB = torch.library.Library("mmkernels", "DEF")  # keep alive: the ops live as long as this object
+NATIVE_PATH = Path(__file__).parent / "_C.so"
+BUILD_INFO_PATH = Path(__file__).parent / "_build_info.json"
+_AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+@dataclass
+class _State:
+    native_error: str = "not loaded yet"  # empty once the native library is in
+    forced_reference: bool = os.environ.get("MMKERNELS_BACKEND", "auto") == "reference"
+
+
+_state = _State()
+_triton_ops: set[str] = set()
+_ran: list[tuple[str, str]] | None = None  # (op, kernel) while testing.which_kernel_ran() watches
+
+
+def native_error() -> str:
+    """Why the native library is not loaded; empty when it is."""
+    return _state.native_error
+
+
+def load_native() -> None:
+    """Loads ``_C.so`` if the build made one; otherwise keeps the reason for ``info`` and the warning."""
+    if os.environ.get("MMKERNELS_NATIVE", "1") == "0":
+        _state.native_error = "switched off by MMKERNELS_NATIVE=0"
+    elif not NATIVE_PATH.exists():
+        _state.native_error = (
+            build_info().get("error") or "this install was built without a compiler"
+        )
+    else:
+        try:
+            torch.ops.load_library(str(NATIVE_PATH))
+            _state.native_error = ""
+        except OSError as error:  # the undefined symbol is in the cause, not in the message
+            _state.native_error = str(error.__cause__ or error).splitlines()[0]
+            logger.warning(
+                "%s exists but does not load: %s. %s", NATIVE_PATH, native_error(), _REMEDY
+            )
+
+
+def build_info() -> dict[str, Any]:
+    """What ``setup.py`` wrote about this build: mode, compiler, error text."""
+    with contextlib.suppress(OSError, ValueError):
+        info: dict[str, Any] = json.loads(BUILD_INFO_PATH.read_text())
+        return info
+    return {"error": "no build information: the package was not installed with pip"}
+
+
+_REMEDY = (
+    "Results are right, only slower. Install a C++17 compiler and CMake, then: "
+    "pip install --no-build-isolation --force-reinstall --no-deps mmkernels "
+    "(`mmkernels info` shows the details)"
+)
+
+
+@dataclass(frozen=True)
+class Op:
+    """A torch op and the plain PyTorch it equals; calling it runs whichever ``backend`` asks for."""
+
+    name: str
+    overload: Callable[..., Any]
+    reference: Callable[..., Any]
+    autocast_skip: tuple[int, ...]
+
+    def __call__(self, *args: Any) -> Any:
+        if not _state.forced_reference:
+            return self.overload(*args)
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        if not torch.is_autocast_enabled(device):
+            return self.reference(*args)
+        args = _autocast(args, torch.get_autocast_dtype(device), self.autocast_skip)
+        with torch.autocast(device, enabled=False):
+            return self.reference(*args)
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    autocast_skip: tuple[int, ...] = (),
+) -> Op:
+    """Defines ``mmkernels::<name>`` with its reference, fake and autocast rule.
+
+    The schema must not hold default values: torch strips trailing defaults before Python handlers
+    see them. ``autocast_skip`` lists argument positions autocast leaves alone.
+    """
+    LIB.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIB.impl(name, _recorded_reference(name, reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mmkernels::{name}", fake, lib=LIB)
+    op = Op(name, getattr(torch.ops.mmkernels, name).default, reference, autocast_skip)
+    for device, key in _AUTOCAST_KEYS.items():
+        LIB.impl(name, _autocast_rule(op, device, key), key)
+    return op
+
+
+def differentiable(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
+) -> None:
+    """Registers the backward of ``name``; ``<name>_backward`` itself then refuses a second backward."""
+    torch.library.register_autograd(
+        f"mmkernels::{name}", backward, setup_context=setup_context, lib=LIB
+    )
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f"{name}: double backward is not supported; for it, run the forward under "
+            'mmkernels.backend("reference")'
+        )
+
+    torch.library.register_autograd(
+        f"mmkernels::{name}_backward",
+        refuse,
+        setup_context=lambda ctx, inputs, output: None,
+        lib=LIB,
+    )
+
+
+def register_triton(op: Op, module: str) -> None:
+    """Puts the launcher of the same name in ``module`` at the CUDA key; imported at the first call.
+
+    Triton stays optional. fp64 goes to the reference: nobody trains in it on a GPU.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+    name = op.name
+    fallback = _recorded_reference(name, op.reference)
+
+    def launch(*args: Any) -> Any:
+        if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args):
+            return fallback(*args)
+        if _ran is not None:
+            _ran.append((name, "triton"))
+        return getattr(importlib.import_module(module), name)(*args)
+
+    LIB.impl(name, launch, "CUDA")
+    _triton_ops.add(name)
+
+
+def _recorded_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        if _ran is not None:
+            _ran.append((name, "reference"))
+        _note_fallback(name)
+        return reference(*args)
+
+    return run
+
+
+def _note_fallback(name: str) -> None:
+    if _state.forced_reference:
+        return
+    message = f"{name} runs through the PyTorch reference: {native_error() or 'no kernel for this device or dtype'}."
+    if os.environ.get("MMKERNELS_STRICT") == "1":
+        raise RuntimeError(f"{message} MMKERNELS_STRICT=1 makes this an error. {_REMEDY}")
+    _warn_once(message)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s %s", message, _REMEDY)
+
+
+def _autocast_rule(op: Op, device: str, key: str) -> Callable[..., Any]:
+    # torch.library.register_autocast fixes one dtype at registration; users choose it per region.
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def rule(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return op.overload(*_autocast(args, dtype, op.autocast_skip))
+
+    return rule
+
+
+def _autocast(args: tuple[Any, ...], dtype: torch.dtype, skip: tuple[int, ...]) -> tuple[Any, ...]:
+    """Float tensors among ``args`` in the autocast dtype; fp64 stays, as in torch's own rules."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [cast(item) for item in value]
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return value if value.dtype == torch.float64 else value.to(dtype)
+
+    return tuple(a if i in skip else cast(a) for i, a in enumerate(args))
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Runs the ops inside through plain PyTorch (``"reference"``) or the kernels (``"auto"``)."""
+    if name not in ("auto", "reference"):
+        raise ValueError(f'backend: name must be "auto" or "reference", got {name!r}')
+    before, _state.forced_reference = _state.forced_reference, name == "reference"
+    try:
+        yield
+    finally:
+        _state.forced_reference = before
+
+
+def chosen_kernel(op: str, device: str) -> tuple[str, str]:
+    """``(kernel, reason)`` the dispatcher takes for ``op`` on ``device``: what ``info`` prints."""
+    if _state.forced_reference:
+        return "reference", "MMKERNELS_BACKEND=reference or mmkernels.backend('reference')"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"mmkernels::{op}", _DISPATCH_KEYS[device]):
+        if device == "cuda" and op in _triton_ops:
+            return "triton", "compiled at the first call; float64 takes the reference"
+        return ("c++", "") if device == "cpu" else ("cuda c++", "")
+    if native_error():
+        return "reference", native_error()
+    return "reference", f"no {device} kernel in this build (see `mmkernels info`)"

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks shared by the ops, so that every error reads alike: op, argument, got, expected."""
+
+from typing import NoReturn
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def fail(op: str, argument: str, got: object, expected: str) -> NoReturn:
+    """Raises the one error every shape fault becomes."""
+    raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
+
+
+def floating(op: str, argument: str, tensor: torch.Tensor) -> None:
+    """Float tensors of the four supported dtypes."""
+    if tensor.dtype not in FLOATS:
+        names = "float64, float32, float16 or bfloat16"
+        raise TypeError(f"{op}: {argument} must be {names}, got {tensor.dtype}")
+
+
+def shape(
+    op: str, argument: str, tensor: torch.Tensor, expected: tuple[int, ...], letters: str
+) -> None:
+    """``tensor`` has exactly this shape; ``letters`` says what the numbers are."""
+    if tuple(tensor.shape) != expected:
+        fail(op, argument, list(tensor.shape), f"{letters} = {list(expected)}")
+
+
+def like(op: str, argument: str, tensor: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    """``tensor`` shares dtype and device with ``other``. Under autocast the op casts, so dtypes may differ."""
+    if tensor.device != other.device:
+        fail(op, argument, tensor.device, f"on the device of {name}, {other.device}")
+    floating(op, argument, tensor)
+    if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        fail(op, argument, tensor.dtype, f"of the dtype of {name}, {other.dtype}")

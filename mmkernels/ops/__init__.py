@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops. ``OPS`` names them; tests and benchmarks walk it and read ``ops/<op>/cases.py``."""
+
+from mmkernels.ops.cross_attention import cross_attention
+from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
+from mmkernels.ops.patch_embed import patch_embed
+
+OPS = ("patch_embed", "cross_attention", "merge_embeddings")
+
+__all__ = ["OPS", "cross_attention", "merge_embeddings", "patch_embed", "poll_errors"]

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned-query cross-attention with its K and V projections inside."""
+
+from mmkernels.ops.cross_attention.api import cross_attention
+
+__all__ = ["cross_attention"]

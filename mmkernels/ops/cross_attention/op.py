@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Absorbed cross-attention as torch ops: schema, shapes, autograd. The contract every kernel keeps.
+
+``mmkernels::cross_attention``, ``mmkernels::cross_attention_backward``; arguments are those of
+``reference.py``. Saved for the backward: inputs, output and lse; never K or V. Kernels:
+``csrc/cross_attention/cross_attention_cpu.cpp`` on CPU, ``triton.py`` on CUDA.
+"""
+
+from typing import Any
+
+import torch
+
+from mmkernels import backends
+from mmkernels.ops.cross_attention import reference
+
+
+def _fake(
+    query: torch.Tensor,
+    context: torch.Tensor,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    key_bias: torch.Tensor | None,
+    value_bias: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    num_heads: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    B, Q = context.shape[0], query.shape[-2]
+    acc = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_empty(B, Q, value_weight.shape[0])
+    return out, query.new_empty(B, num_heads, Q, dtype=acc)
+
+
+def _fake_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    context: torch.Tensor,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    value_bias: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    needs: list[bool],
+) -> tuple[torch.Tensor, ...]:
+    bias_shape = value_weight.shape[:1]
+    shapes = (query.shape, context.shape, key_weight.shape, value_weight.shape, bias_shape)
+    pairs = zip(shapes, needs, strict=True)
+    return tuple(query.new_empty(shape if need else 0) for shape, need in pairs)
+
+
+FORWARD = backends.define(
+    "cross_attention",
+    "(Tensor query, Tensor context, Tensor key_weight, Tensor value_weight, Tensor? key_bias,"
+    " Tensor? value_bias, Tensor? attention_mask, int num_heads, float scale) -> (Tensor, Tensor)",
+    reference=reference.cross_attention,
+    fake=_fake,
+)
+BACKWARD = backends.define(
+    "cross_attention_backward",
+    "(Tensor grad, Tensor query, Tensor context, Tensor key_weight, Tensor value_weight,"
+    " Tensor? value_bias, Tensor? attention_mask, Tensor out, Tensor lse, int num_heads, float scale,"
+    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.cross_attention_backward,
+    fake=_fake_backward,
+    autocast_skip=tuple(range(9)),
+)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    query, context, key_weight, value_weight, key_bias, value_bias, mask, ctx.heads, ctx.scale = (
+        inputs
+    )
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(
+        query, context, key_weight, value_weight, key_bias, value_bias, mask, out, lse
+    )
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    query, context, key_weight, value_weight, key_bias, value_bias, mask, out, lse = (
+        ctx.saved_tensors
+    )
+    wanted = ctx.needs_input_grad
+    if wanted[6]:
+        raise RuntimeError(
+            "cross_attention: attention_mask has no gradient with algorithm='absorbed'; "
+            "use algorithm='projected' for a learned additive mask"
+        )
+    needs = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[5]]
+    grads = BACKWARD.overload(
+        grad.contiguous(), query, context, key_weight, value_weight, value_bias, mask, out, lse,
+        ctx.heads, ctx.scale, needs,
+    )  # fmt: skip
+    q, x, w_k, w_v, b_v = (g if need else None for g, need in zip(grads, needs, strict=True))
+    # Adding q · b_k to a whole row of scores changes nothing, so its gradient is exactly 0.
+    b_k = torch.zeros_like(key_bias) if wanted[4] else None
+    return q, x, w_k, w_v, b_k, b_v, None, None, None
+
+
+backends.differentiable("cross_attention", _backward, _save)
+for op in (FORWARD, BACKWARD):
+    backends.register_triton(op, "mmkernels.ops.cross_attention.triton")

@@ -5,7 +5,6 @@
 ``reference.py``. Kernels: ``csrc/patch_embed/patch_embed_cpu.cpp`` on CPU, ``triton.py`` on CUDA.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch

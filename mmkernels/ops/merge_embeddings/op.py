@@ -71,6 +71,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.from_embeds = inputs_embeds is not None
     ctx.text_shape = (inputs_embeds if ctx.from_embeds else embed_weight).shape
     ctx.feature_lengths = [f.shape[0] for f in features]
+    ctx.by_row = len(inputs[5])
     ctx.feature_needs = [f.requires_grad for f in features]
 
 
@@ -84,7 +85,7 @@ def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
     text = d_text.view(ctx.text_shape) if needs_text else None
     features = [g if need else None for g, need in zip(d_features, ctx.feature_needs, strict=True)]
     weight, embeds = (None, text) if ctx.from_embeds else (text, None)
-    return None, weight, embeds, features, None, [None] * 0, None, None, None
+    return None, weight, embeds, features, None, [None] * ctx.by_row, None, None, None
 
 
 backends.differentiable("merge_embeddings", _backward, _save)

@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+// Merging on CPU. Every value is checked while the row sources are found, before any row is written.
+#include <algorithm>
+
+#include "../common/aten.h"
+#include "merge_embeddings.h"
+
+namespace mmkernels::merge_embeddings {
+namespace {
+
+constexpr const char* kOp = "merge_embeddings: ";
+
+struct Plan {
+  const Tensor& input_ids;
+  const std::vector<int64_t>& lengths;
+  const std::vector<int64_t>& token_ids;
+  const std::optional<std::vector<int64_t>>& counts;
+  int64_t vocab;  // 0: inputs_embeds, ids are only compared
+
+  int64_t T() const { return input_ids.numel(); }
+  int64_t L() const { return input_ids.size(input_ids.dim() - 1); }
+  int64_t samples() const { return L() ? T() / L() : 0; }
+  std::string place(int64_t t) const {
+    return input_ids.dim() == 1 ? std::to_string(t)
+                                : std::to_string(t / L()) + ", " + std::to_string(t % L());
+  }
+};
+
+void check_counts(const Plan& plan, const std::vector<int64_t>& got) {
+  const int64_t B = plan.samples(), M = plan.lengths.size();
+  for (int64_t m = 0; m < M; ++m) {
+    int64_t total = 0;
+    std::ostringstream by_sample;
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t have = got[m * B + b];
+      const int64_t want = plan.counts ? (*plan.counts)[m * B + b] : have;
+      if (want != have)
+        fail(kOp, "sample ", b, " has ", have, " placeholders of features[", m, "] (token id ",
+             plan.token_ids[m], "), expected ", want);
+      if (b < 8) by_sample << (b ? ", " : "") << have;
+      total += have;
+    }
+    if (total != plan.lengths[m])
+      fail(kOp, "features[", m, "] has ", plan.lengths[m], " rows, but input_ids has ", total,
+           " placeholders of token id ", plan.token_ids[m], " (by sample: ", by_sample.str(),
+           B > 8 ? ", ..." : "", ")");
+  }
+}
+
+template <class Id>
+void find_by_id(const Plan& plan, const Id* ids, int64_t* source) {
+  const int64_t B = plan.samples(), L = plan.L(), M = plan.lengths.size();
+  std::vector<int64_t> got(M * B, 0), next(M, 0);
+  for (int64_t m = 0, first = 0; m < M; first += plan.lengths[m++]) next[m] = first;
+  int64_t bad = -1;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t t = b * L; t < (b + 1) * L; ++t) {
+      const int64_t id = ids[t];
+      int64_t m = 0;
+      while (m < M && plan.token_ids[m] != id) ++m;
+      if (m < M) {
+        source[t] = -1 - next[m]++;
+        ++got[m * B + b];
+      } else {
+        source[t] = plan.vocab ? id : t;
+        if (plan.vocab && (id < 0 || id >= plan.vocab) && bad < 0) bad = t;
+      }
+    }
+  check_counts(plan, got);
+  if (bad >= 0)
+    fail(kOp, "input_ids[", plan.place(bad), "] is ", static_cast<int64_t>(ids[bad]),
+         ", expected an id in [0, ", plan.vocab, ") or a feature token id");
+}
+
+template <class Id>
+void find_by_row(const Plan& plan, const Id* ids, const std::vector<Tensor>& rows, int64_t* source) {
+  const int64_t T = plan.T();
+  for (int64_t t = 0; t < T; ++t) source[t] = t;
+  std::vector<bool> placed(T, false);
+  int64_t k = 0;
+  for (size_t m = 0; m < rows.size(); ++m) {
+    const Tensor flat = torch::stable::contiguous(rows[m]);
+    for (int64_t i = 0; i < plan.lengths[m]; ++i, ++k) {
+      const int64_t t = data<int64_t>(flat)[i];
+      if (t < 0 || t >= T)
+        fail(kOp, "feature_rows[", m, "][", i, "] is ", t, ", expected a token index in [0, ", T, ")");
+      if (placed[t])
+        fail(kOp, "feature_rows[", m, "][", i, "] is ", t, ", a token that already has a feature");
+      placed[t] = true;
+      source[t] = -1 - k;
+    }
+  }
+  if (!plan.vocab) return;
+  for (int64_t t = 0; t < T; ++t) {
+    if (placed[t]) continue;
+    source[t] = ids[t];
+    if (ids[t] < 0 || ids[t] >= plan.vocab)
+      fail(kOp, "input_ids[", plan.place(t), "] is ", static_cast<int64_t>(ids[t]),
+           ", expected an id in [0, ", plan.vocab, ") or a feature token id");
+  }
+}
+
+void find_sources(const Plan& plan, const std::vector<Tensor>& rows, int64_t* source) {
+  const Tensor ids = torch::stable::contiguous(plan.input_ids);
+  auto find = [&](const auto* p) {
+    rows.empty() ? find_by_id(plan, p, source) : find_by_row(plan, p, rows, source);
+  };
+  ids.scalar_type() == ScalarType::Long ? find(data<int64_t>(ids)) : find(data<int32_t>(ids));
+}
+
+void check_shapes(const Tensor& text, const std::vector<Tensor>& features, size_t places) {
+  const int64_t D = text.size(text.dim() - 1);
+  if (features.size() > kMaxModalities)
+    fail(kOp, "features must be at most ", kMaxModalities, " modalities, got ", features.size());
+  if (places != features.size())
+    fail(kOp, "features must have one token id or one tensor of rows each, got ", places, " for ",
+         features.size());
+  for (const Tensor& f : features)
+    if (f.dim() != 2 || f.size(1) != D || f.scalar_type() != text.scalar_type())
+      fail(kOp, "features must be [n, D] with the D and the dtype of the embeddings");
+}
+
+std::tuple<Tensor, Tensor> forward(
+    const Tensor& input_ids, const OptionalTensor& embed_weight, const OptionalTensor& inputs_embeds,
+    std::vector<Tensor> features, std::vector<int64_t> token_ids, std::vector<Tensor> feature_rows,
+    std::optional<std::vector<int64_t>> counts, std::optional<double> embed_scale,
+    std::optional<int64_t> /*padding_idx: backward only*/) {
+  const Tensor text = torch::stable::contiguous(inputs_embeds ? *inputs_embeds : *embed_weight);
+  check_shapes(text, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
+  const int64_t D = text.size(text.dim() - 1), T = input_ids.numel();
+  Sources sources{};
+  sources.text = data<char>(text);
+  sources.modalities = static_cast<int32_t>(features.size());
+  std::vector<int64_t> lengths;
+  for (size_t m = 0; m < features.size(); ++m) {
+    features[m] = torch::stable::contiguous(features[m]);
+    sources.features[m] = data<char>(features[m]);
+    lengths.push_back(features[m].size(0));
+    sources.first[m + 1] = sources.first[m] + lengths[m];
+  }
+  Tensor source = empty(text, {T}, ScalarType::Long);
+  const Plan plan{input_ids, lengths, token_ids, counts, inputs_embeds ? 0 : text.size(0)};
+  find_sources(plan, feature_rows, mutable_data<int64_t>(source));
+
+  Sizes shape(input_ids.sizes().begin(), input_ids.sizes().end());
+  shape.push_back(D);
+  Tensor merged = empty(text, shape);
+  dispatch_float("merge_embeddings", text.scalar_type(), [&](auto* tag) {
+    using S = pointee<decltype(tag)>;
+    sources.row_bytes = D * static_cast<int64_t>(sizeof(S));
+    const int64_t* from = data<int64_t>(source);
+    char* to = mutable_data<char>(merged);
+    torch::stable::parallel_for(0, T, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        char* row = to + t * sources.row_bytes;
+        if (embed_scale)
+          merge_row<S>(row, sources, from[t], true, *embed_scale, 0, 1);
+        else
+          memcpy(row, sources.row(from[t]), sources.row_bytes);  // the widest copy this CPU has
+      }
+    });
+  });
+  return {merged, source};
+}
+
+// Tokens grouped by the row they looked up: order[starts[i], starts[i+1]) all have ids[i].
+struct Groups {
+  std::vector<int64_t> order, starts, ids;
+};
+
+Groups group_by_row(const int64_t* source, int64_t T, std::optional<int64_t> skip) {
+  Groups groups;
+  for (int64_t t = 0; t < T; ++t)
+    if (source[t] >= 0 && !(skip && source[t] == *skip)) groups.order.push_back(t);
+  std::sort(groups.order.begin(), groups.order.end(), [&](int64_t a, int64_t b) {
+    return source[a] != source[b] ? source[a] < source[b] : a < b;
+  });
+  for (size_t k = 0; k < groups.order.size(); ++k) {
+    const int64_t id = source[groups.order[k]];
+    if (groups.ids.empty() || groups.ids.back() != id) {
+      groups.ids.push_back(id);
+      groups.starts.push_back(static_cast<int64_t>(k));
+    }
+  }
+  groups.starts.push_back(static_cast<int64_t>(groups.order.size()));
+  return groups;
+}
+
+template <class T>
+MMK_INLINE void add_row_body(acc_t<T>* sum, const T* row, int64_t D) {
+  for (int64_t i = 0; i < D; ++i) sum[i] += widen(row[i]);
+}
+MMK_MULTIARCH void add_row(float* sum, const float* row, int64_t D) { add_row_body(sum, row, D); }
+MMK_MULTIARCH void add_row(float* sum, const bf16* row, int64_t D) { add_row_body(sum, row, D); }
+void add_row(float* sum, const f16* row, int64_t D) { add_row_body(sum, row, D); }
+void add_row(double* sum, const double* row, int64_t D) { add_row_body(sum, row, D); }
+
+template <class T>
+void sum_by_row(const Groups& groups, const T* grad, T* table, int64_t D, double scale) {
+  const int64_t n = static_cast<int64_t>(groups.ids.size());
+  torch::stable::parallel_for(0, n, 8, [&](int64_t begin, int64_t end) {
+    std::vector<acc_t<T>> sum(D);
+    for (int64_t i = begin; i < end; ++i) {
+      std::fill(sum.begin(), sum.end(), acc_t<T>(0));
+      for (int64_t k = groups.starts[i]; k < groups.starts[i + 1]; ++k)
+        add_row(sum.data(), grad + groups.order[k] * D, D);
+      T* to = table + groups.ids[i] * D;
+      for (int64_t c = 0; c < D; ++c)
+        to[c] = Convert<T>::from(sum[c] * static_cast<acc_t<T>>(scale));
+    }
+  });
+}
+
+std::tuple<Tensor, std::vector<Tensor>> backward(
+    const Tensor& grad_, const Tensor& row_source, int64_t vocab, std::vector<int64_t> lengths,
+    std::optional<double> embed_scale, std::optional<int64_t> padding_idx, std::vector<bool> needs) {
+  const Tensor grad = torch::stable::contiguous(grad_);
+  const int64_t D = grad.size(grad.dim() - 1), T = row_source.numel();
+  const int64_t* source = data<int64_t>(row_source);
+  Tensor d_text = needs[0] && vocab ? torch::stable::new_zeros(grad, Sizes{vocab, D})
+                                    : empty(grad, needs[0] ? Sizes{T, D} : Sizes{0});
+  std::vector<Tensor> d_features;
+  std::vector<char*> to;
+  for (size_t m = 0; m < lengths.size(); ++m) {
+    d_features.push_back(empty(grad, needs[1 + m] ? Sizes{lengths[m], D} : Sizes{0}));
+    to.push_back(needs[1 + m] ? mutable_data<char>(d_features[m]) : nullptr);
+  }
+  dispatch_float("merge_embeddings", grad.scalar_type(), [&](auto* tag) {
+    using S = pointee<decltype(tag)>;
+    const int64_t row_bytes = D * static_cast<int64_t>(sizeof(S));
+    const char* from = data<char>(grad);
+    char* embeds = needs[0] && !vocab ? mutable_data<char>(d_text) : nullptr;
+    torch::stable::parallel_for(0, T, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        if (embeds && source[t] >= 0) memcpy(embeds + t * row_bytes, from + t * row_bytes, row_bytes);
+        if (embeds && source[t] < 0) memset(embeds + t * row_bytes, 0, row_bytes);
+        if (source[t] >= 0) continue;
+        int64_t k = -1 - source[t];
+        size_t m = 0;
+        while (k >= lengths[m]) k -= lengths[m++];
+        if (to[m]) memcpy(to[m] + k * row_bytes, from + t * row_bytes, row_bytes);
+      }
+    });
+    if (needs[0] && vocab)
+      sum_by_row(group_by_row(source, T, padding_idx), data<S>(grad), mutable_data<S>(d_text), D,
+                 embed_scale.value_or(1.0));
+  });
+  return {d_text, d_features};
+}
+
+}  // namespace
+}  // namespace mmkernels::merge_embeddings
+
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("merge_embeddings", TORCH_BOX(&mmkernels::merge_embeddings::forward));
+  m.impl("merge_embeddings_backward", TORCH_BOX(&mmkernels::merge_embeddings::backward));
+}

@@ -9,10 +9,11 @@
 #define MMK_HD inline
 #endif
 
-// One body compiled for several instruction sets, chosen when the library is loaded.
+// One body compiled for several instruction sets, chosen by CPU features when the library is loaded
+// (arch=haswell would be chosen by vendor and model, so never on AMD).
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define MMK_MULTIARCH \
-  __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define MMK_MULTIARCH
 #endif

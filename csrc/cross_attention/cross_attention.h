@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// Absorbed cross-attention: sizes, mask addressing and the softmax of one row. Host; no torch.
+//
+// B batch, Q queries, n context tokens, X context width, A heads, d head width. The A·Q score rows of a
+// sample are ordered head first: row = head·Q + query.
+#pragma once
+#include "../common/numeric.h"
+
+namespace mmkernels::cross_attention {
+
+struct Shape {
+  int64_t B, Q, n, X, A, d;
+  bool shared;  // one query block for the whole batch
+
+  int64_t rows() const { return A * Q; }
+};
+
+// A mask expanded to [B, A, Q, n]; strides in elements, 0 where it was broadcast.
+struct Mask {
+  enum Kind { kNone, kBool, kFloat, kDouble, kBfloat16, kHalf } kind = kNone;
+  const void* data = nullptr;
+  int64_t stride_b = 0, stride_a = 0, stride_q = 0, stride_n = 0;
+
+  int64_t row(int64_t b, int64_t head, int64_t query) const {
+    return b * stride_b + head * stride_a + query * stride_q;
+  }
+  double value(int64_t i) const {  // of an additive mask
+    switch (kind) {
+      case kFloat: return static_cast<const float*>(data)[i];
+      case kDouble: return static_cast<const double*>(data)[i];
+      case kBfloat16: return widen(static_cast<const bf16*>(data)[i]);
+      case kHalf: return widen(static_cast<const f16*>(data)[i]);
+      default: return 0;
+    }
+  }
+  bool allows(int64_t i) const { return static_cast<const uint8_t*>(data)[i] != 0; }
+
+  // Adds the mask to a row of scores; a forbidden key becomes -inf.
+  template <class F>
+  void add_to(F* scores, int64_t first, int64_t n) const {
+    if (kind == kBool) {
+      for (int64_t j = 0; j < n; ++j)
+        if (!allows(first + j * stride_n)) scores[j] = -static_cast<F>(INFINITY);
+    } else if (kind != kNone) {
+      for (int64_t j = 0; j < n; ++j) scores[j] += static_cast<F>(value(first + j * stride_n));
+    }
+  }
+};
+
+// exp to 1 ulp for x <= 0 (and NaN for NaN), written so that the compiler vectorises it.
+MMK_INLINE float fast_exp(float x) {
+  const float clamped = x < -104.0f ? -104.0f : x;
+  const float k = __builtin_rintf(clamped * 1.44269504f);
+  float r = __builtin_fmaf(k, -0.693359375f, clamped);
+  r = __builtin_fmaf(k, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = __builtin_fmaf(p, r, 1.3981999507e-3f);
+  p = __builtin_fmaf(p, r, 8.3334519073e-3f);
+  p = __builtin_fmaf(p, r, 4.1665795894e-2f);
+  p = __builtin_fmaf(p, r, 1.6666665459e-1f);
+  p = __builtin_fmaf(p, r, 5.0000001201e-1f);
+  p = __builtin_fmaf(p, r * r, r + 1.0f);
+  // 2^k in two steps, so that a subnormal result is rounded and not flushed.
+  const int32_t e = static_cast<int32_t>(k), half = e / 2;
+  const float a = bits_float(static_cast<uint32_t>(half + 127) << 23);
+  const float b = bits_float(static_cast<uint32_t>(e - half + 127) << 23);
+  const float y = p * a * b;
+  return x != x ? x : (x < -104.0f ? 0.0f : y);
+}
+MMK_INLINE double fast_exp(double x) { return __builtin_exp(x); }
+
+// scores -> exp(scores - max); returns max in *max and the sum. -inf everywhere: zeros, sum 0.
+template <class F>
+MMK_INLINE F exp_row_body(F* scores, int64_t n, F* max_out) {
+  constexpr int kLanes = 16;  // fixed, so that every instruction set adds in the same order
+  F max = -static_cast<F>(INFINITY);
+  bool nan = false;
+  for (int64_t j = 0; j < n; ++j) {
+    max = scores[j] > max ? scores[j] : max;
+    nan |= scores[j] != scores[j];
+  }
+  *max_out = nan ? static_cast<F>(NAN) : max;
+  const F shift = max == -static_cast<F>(INFINITY) ? F(0) : max;
+  F lanes[kLanes] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    for (int i = 0; i < kLanes; ++i) {
+      const F e = fast_exp(scores[j + i] - shift);
+      scores[j + i] = e;
+      lanes[i] += e;
+    }
+  for (int i = 0; j < n; ++j, ++i) {
+    scores[j] = fast_exp(scores[j] - shift);
+    lanes[i] += scores[j];
+  }
+  F sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i];
+  return sum;
+}
+
+// scores -> exp(scores - lse), the probabilities of a row whose log-sum-exp is known.
+template <class F>
+MMK_INLINE void exp_row_with_lse_body(F* scores, int64_t n, F lse) {
+  const F shift = lse == -static_cast<F>(INFINITY) ? F(0) : lse;
+  for (int64_t j = 0; j < n; ++j) {
+    const F x = scores[j] - shift;
+    scores[j] = fast_exp(x > F(0) ? F(0) : x);
+  }
+}
+
+}  // namespace mmkernels::cross_attention

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training stages: each part learns its own small task, then the parts learn to work together.
+
+``vision``   encoder: which digit covers each patch.            Then frozen.
+``language`` decoder: captions, questions and answers as text.
+``pt``       projector only: captions of pictures.              Encoder and decoder frozen.
+``it``       projector and decoder: questions about pictures.   Encoder frozen.
+
+Dimensions: N pictures, S digit slots, n patches, L tokens.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmkernels.models import MMLLM
+from mmkernels.models.tokenizer import BOS, EOS, encode, encode_prompt, pad
+from mmkernels.train import digits, questions
+from mmkernels.train.trainer import fast_bf16, fit
+
+STEPS = {"vision": 800, "language": 500, "pt": 400, "it": 400}
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pictures as the frozen encoder sees them, computed once, with what they show."""
+
+    image_embeds: torch.Tensor
+    scenes: list[questions.Scene]
+
+
+def learn_only(model: nn.Module, *parts: nn.Module) -> None:
+    """Freezes all of ``model`` but ``parts``."""
+    model.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
+
+
+def train_vision(model: MMLLM, scans: digits.Scans, steps: int, batch: int = 32) -> list[float]:
+    """Patches learn which digit covers them, for most of the time on crowded pictures."""
+    learn_only(model, model.vision)
+    generator = torch.Generator().manual_seed(1)
+    head = nn.Linear(model.config.vision.hidden_size, digits.BACKGROUND + 1)
+
+    def loss_at(step: int) -> torch.Tensor:
+        draw = digits.draw_crowded if step < 0.75 * steps else digits.draw
+        pictures = draw(scans, batch, generator)
+        logits = head(model.encode(pictures.pixel_values)[:, 1:])
+        labels = digits.patch_labels(pictures, model.config.vision.patch_size)
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+    return fit("vision", loss_at, (model.vision, head), steps=steps, lr=1.5e-3)
+
+
+def train_language(model: MMLLM, steps: int, batch: int = 64) -> list[float]:
+    """The decoder reads a caption, then a question, and answers it: no picture anywhere."""
+    learn_only(model, model.language_model)
+    rng = random.Random(2)
+
+    def loss_at(step: int) -> torch.Tensor:
+        rows = [_text_sample(rng) for _ in range(batch)]
+        return answer_loss(model, rows, None)
+
+    return fit("language", loss_at, (model.language_model,), steps=steps, lr=2e-3)
+
+
+def encode_pool(model: MMLLM, scans: digits.Scans, size: int, seed: int = 3) -> Pool:
+    """Draws ``size`` pictures and runs the encoder over them once."""
+    generator = torch.Generator().manual_seed(seed)
+    embeds: list[torch.Tensor] = []
+    scenes: list[questions.Scene] = []
+    for start in range(0, size, 64):
+        pictures = digits.draw(scans, min(64, size - start), generator)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
+            embeds.append(model.encode(pictures.pixel_values).bfloat16())
+        scenes += questions.scenes(pictures)
+    return Pool(torch.cat(embeds), scenes)
+
+
+def train_pt(model: MMLLM, pool: Pool, steps: int, batch: int = 64) -> list[float]:
+    """The projector learns to make the frozen decoder say the caption."""
+    learn_only(model, model.projector)
+    rng = random.Random(4)
+
+    def sample(scene: questions.Scene) -> tuple[str, str]:
+        return rng.choice(questions.CAPTION_PROMPTS), questions.caption(scene)
+
+    def loss_at(step: int) -> torch.Tensor:
+        return _picture_loss(model, pool, rng, batch, sample)
+
+    return fit("pt", loss_at, (model.projector,), steps=steps, lr=2e-3)
+
+
+def train_it(model: MMLLM, pool: Pool, steps: int, batch: int = 64) -> list[float]:
+    """Projector and decoder learn to answer questions about pictures."""
+    learn_only(model, model.projector, model.language_model)
+    rng = random.Random(5)
+
+    def sample(scene: questions.Scene) -> tuple[str, str]:
+        question = questions.ask(scene, rng)
+        return question.text, question.answer
+
+    def loss_at(step: int) -> torch.Tensor:
+        return _picture_loss(model, pool, rng, batch, sample)
+
+    return fit("it", loss_at, (model.projector, model.language_model), steps=steps, lr=1e-3)
+
+
+def _picture_loss(model, pool, rng, batch, sample):
+    chosen = [rng.randrange(len(pool.scenes)) for _ in range(batch)]
+    features = model.project(pool.image_embeds[chosen].float())
+    rows = []
+    for i in chosen:
+        prompt, answer = sample(pool.scenes[i])
+        ids = encode_prompt(prompt, features.shape[1])
+        rows.append((ids, [*encode(answer), EOS]))
+    return answer_loss(model, rows, features)
+
+
+Row = tuple[list[int], list[int]]  # what is given, what is to be said
+
+
+def _text_sample(rng: random.Random) -> Row:
+    scene = questions.random_scene(rng)
+    question = questions.ask(scene, rng)
+    prompt = f"{questions.caption(scene)}\n{question.text}\n"
+    return [BOS], [*encode(prompt + question.answer), EOS]
+
+
+def answer_loss(
+    model: MMLLM, rows: Sequence[Row], image_features: torch.Tensor | None
+) -> torch.Tensor:
+    """Cross-entropy of the tokens to be said, given all before them."""
+    input_ids = pad([given + said for given, said in rows])
+    labels = pad([[IGNORE] * len(given) + said for given, said in rows], IGNORE)
+    logits = model(input_ids, image_features)[:, :-1]
+    said = labels[:, 1:] != IGNORE
+    return F.cross_entropy(logits[said].float(), labels[:, 1:][said])

@@ -46,6 +46,29 @@ inline OptionalTensor contiguous(const OptionalTensor& t) {
 
 template <class T> StableIValue boxed(const T& value) { return torch::stable::detail::from(value); }
 
+// A tensor over memory owned elsewhere. GEMMs below run in worker threads, which know neither inference
+// mode nor "below autograd"; through such a view they may write where the caller may.
+inline Tensor blob(const void* p, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+  return torch::stable::from_blob(const_cast<void*>(p), sizes, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU, 0), dtype);
+}
+inline Tensor rows_blob(const void* p, int64_t rows, int64_t cols, ScalarType dtype) {
+  return blob(p, {rows, cols}, {cols, 1}, dtype);
+}
+
+// Runs f(i, scratch) for i in [0, count), each wholly in one thread. A GEMM inside stays in that thread,
+// so its bits do not depend on the number of threads, as they would if the GEMM itself were split.
+// Never fewer than two items: a single one would run outside a parallel region, with all threads.
+template <class MakeScratch, class F>
+void for_each_block(int64_t count, const MakeScratch& make_scratch, const F& f) {
+  const int64_t items = count < 2 ? 2 : count;
+  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    if (begin >= count) return;
+    auto scratch = make_scratch();
+    for (int64_t i = begin; i < (end < count ? end : count); ++i) f(i, scratch);
+  });
+}
+
 // out = input · weightᵀ + bias
 inline void linear_out(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                        const Tensor& out) {
@@ -65,6 +88,26 @@ inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
 }
 inline void bmm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   matmul_out("aten::bmm", a, b, out);
+}
+
+// out [M, N] (contiguous) = a · b, a given as pointer and strides so that aᵀ is one too; fixed blocks of rows.
+inline void mm_blocked(const void* a, int64_t M, int64_t K, int64_t row_stride, int64_t col_stride,
+                       const Tensor& b, void* out, ScalarType dtype, int64_t element_size) {
+  constexpr int64_t kBlock = 128;
+  const int64_t N = b.size(1);
+  for_each_block(ceil_div(M, kBlock), [] { return 0; }, [&](int64_t i, int) {
+    const int64_t first = i * kBlock, rows = min64(kBlock, M - first);
+    const char* from = static_cast<const char*>(a) + first * row_stride * element_size;
+    char* to = static_cast<char*>(out) + first * N * element_size;
+    mm_out(blob(from, {rows, K}, {row_stride, col_stride}, dtype),
+           blob(b.data_ptr(), {K, N}, {b.stride(0), b.stride(1)}, dtype), rows_blob(to, rows, N, dtype));
+  });
+}
+
+// Contiguous and aligned to a cache line, where a GEMM always takes the same path.
+inline Tensor aligned(const Tensor& t) {
+  const Tensor c = torch::stable::contiguous(t);
+  return reinterpret_cast<uintptr_t>(c.data_ptr()) % 64 == 0 ? c : torch::stable::clone(c);
 }
 
 // Calls f with a null pointer of the C++ type of `dtype`: for (auto* tag) { using T = ...*tag; }

@@ -98,14 +98,4 @@ MMK_INLINE F exp_row_body(F* scores, int64_t n, F* max_out) {
   return sum;
 }
 
-// scores -> exp(scores - lse), the probabilities of a row whose log-sum-exp is known.
-template <class F>
-MMK_INLINE void exp_row_with_lse_body(F* scores, int64_t n, F lse) {
-  const F shift = lse == -static_cast<F>(INFINITY) ? F(0) : lse;
-  for (int64_t j = 0; j < n; ++j) {
-    const F x = scores[j] - shift;
-    scores[j] = fast_exp(x > F(0) ? F(0) : x);
-  }
-}
-
 }  // namespace mmkernels::cross_attention

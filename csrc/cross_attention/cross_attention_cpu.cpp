@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Absorbed cross-attention on CPU: q' = q·W_k, S = q'·Xᵀ, Z = softmax(S)·X, out = Z·W_vᵀ. Neither K nor V is
-// formed. One sample at a time, so that S, Z and X stay in cache; products by torch's GEMM in fp32 (fp64
-// for float64), so q' and Z never round to 16 bits. Work is split by row: same bits for any thread count.
+// formed. A thread takes one group of heads of one sample from end to end, so q', S and Z stay in its cache;
+// products by torch's GEMM in fp32 (fp64 for float64), so q' and Z never round to 16 bits.
 #include <algorithm>
 
 #include "../common/aten.h"
@@ -10,16 +10,10 @@
 namespace mmkernels::cross_attention {
 namespace {
 
-using torch::stable::narrow;
-using torch::stable::parallel_for;
-using torch::stable::select;
-using torch::stable::transpose;
-using torch::stable::view;
+constexpr int64_t kGroupRows = 64;  // score rows of a group of heads: enough for the GEMM, small for the cache
 
 MMK_MULTIARCH float exp_row(float* scores, int64_t n, float* max) { return exp_row_body(scores, n, max); }
-MMK_MULTIARCH void exp_row_with_lse(float* s, int64_t n, float lse) { exp_row_with_lse_body(s, n, lse); }
 double exp_row(double* scores, int64_t n, double* max) { return exp_row_body(scores, n, max); }
-void exp_row_with_lse(double* s, int64_t n, double lse) { exp_row_with_lse_body(s, n, lse); }
 
 Shape shape_of(const Tensor& query, const Tensor& context, const Tensor& w_k, const Tensor& w_v, int64_t A) {
   const bool shared = query.dim() == 2;
@@ -52,110 +46,158 @@ Mask mask_of(const OptionalTensor& mask, const Shape& s) {
   return {kind, mask->data_ptr(), mask->stride(0), mask->stride(1), mask->stride(2), mask->stride(3)};
 }
 
-Tensor widened(const Tensor& t, ScalarType acc) {
-  return torch::stable::contiguous(t.scalar_type() == acc ? t : torch::stable::to(t, acc));
+ScalarType accumulation(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// rows [Q, A·d] as heads [A, Q, d], and weights [A·d, X] as [A, d, X].
-Tensor heads(const Tensor& rows, const Shape& s) { return transpose(view(rows, {s.Q, s.A, s.d}), 0, 1); }
-Tensor by_head(const Tensor& weight, const Shape& s) { return view(weight, {s.A, s.d, s.X}); }
+Tensor widened(const Tensor& t, ScalarType acc) {
+  return aligned(t.scalar_type() == acc ? t : torch::stable::to(t, acc));
+}
 
-// What every sample needs, in the accumulation type F.
-template <class F>
-struct Sample {
-  const Shape& s;
+MMK_MULTIARCH void widen_row(float* to, const bf16* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+void widen_row(float* to, const f16* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
+// What all tasks share, in the accumulation type F.
+template <class T>
+struct Problem {
+  using F = acc_t<T>;
+  Shape s;
   Mask mask;
-  Tensor query;       // scaled, [B or 1, Q, A·d]
-  Tensor w_k, w_v;    // [A·d, X]
-  Tensor absorbed;    // q' of the current sample, [A·Q, X]
+  ScalarType acc;
+  Tensor context;    // [B, n, X] in its own dtype
+  Tensor w_k, w_v;   // [A·d, X]
+  Tensor query;      // scaled, [B or 1, Q, A·d]
+  int64_t heads;     // in a group
 
-  Tensor context(const Tensor& all, int64_t b) const {
-    return widened(select(all, 0, b), query.scalar_type());
+  Problem(const Tensor& q, const Tensor& x, const Tensor& key_weight, const Tensor& value_weight,
+          const OptionalTensor& m, int64_t A, double scale)
+      : s(shape_of(q, x, key_weight, value_weight, A)),
+        mask(mask_of(m, s)),
+        acc(accumulation(q)),
+        context(aligned(x)),
+        w_k(widened(key_weight, acc)),
+        w_v(widened(value_weight, acc)),
+        query(torch::stable::clone(widened(q, acc))),
+        heads(std::max<int64_t>(1, std::min(A, kGroupRows / std::max<int64_t>(1, s.Q)))) {
+    F* p = mutable_data<F>(query);
+    for (int64_t i = 0; i < query.numel(); ++i) p[i] *= static_cast<F>(scale);
   }
-  Tensor query_of(int64_t b) const { return select(query, 0, s.shared ? 0 : b); }
 
-  void absorb(int64_t b) {
-    if (s.shared && b > 0) return;
-    bmm_out(heads(query_of(b), s), by_head(w_k, s), view(absorbed, {s.A, s.Q, s.X}));
+  int64_t groups() const { return ceil_div(s.A, heads); }
+  int64_t heads_in(int64_t g) const { return std::min(heads, s.A - g * heads); }
+  int64_t block() const { return s.Q * s.A * s.d; }  // values of query, grad and out in a sample
+
+  // Rows of sample b of a [B, Q, A·d] tensor as [heads of g, Q, d].
+  Tensor heads_of(const F* rows, int64_t b, int64_t g) const {
+    return blob(rows + b * block() + g * heads * s.d, {heads_in(g), s.Q, s.d}, {s.d, s.A * s.d, 1}, acc);
   }
-  // Scores [A·Q, n] of sample b, masked.
-  void score(const Tensor& x, int64_t b, const Tensor& scores) const {
-    mm_out(absorbed, transpose(x, 0, 1), scores);
-    if (mask.kind == Mask::kNone) return;
-    F* p = mutable_data<F>(scores);
-    parallel_for(0, s.rows(), 8, [&](int64_t from, int64_t to) {
-      for (int64_t r = from; r < to; ++r) mask.add_to(p + r * s.n, mask.row(b, r / s.Q, r % s.Q), s.n);
-    });
+  Tensor query_of(int64_t b, int64_t g) const { return heads_of(data<F>(query), s.shared ? 0 : b, g); }
+  Tensor weight_of(const Tensor& w, int64_t g) const {  // [heads of g, d, X]
+    return blob(data<F>(w) + g * heads * s.d * s.X, {heads_in(g), s.d, s.X}, {s.d * s.X, s.X, 1}, acc);
+  }
+  Tensor weight_of_transposed(const Tensor& w, int64_t g) const {
+    return blob(data<F>(w) + g * heads * s.d * s.X, {heads_in(g), s.X, s.d}, {s.d * s.X, 1, s.X}, acc);
+  }
+  // [heads of g, Q, cols] over rows [heads·Q, cols].
+  Tensor by_head(const F* rows, int64_t g, int64_t cols) const {
+    return blob(rows, {heads_in(g), s.Q, cols}, {s.Q * cols, cols, 1}, acc);
+  }
+  Tensor matrix(const F* p, int64_t rows, int64_t cols) const { return rows_blob(p, rows, cols, acc); }
+  Tensor transposed(const F* p, int64_t rows, int64_t cols) const {
+    return blob(p, {cols, rows}, {1, cols}, acc);
+  }
+
+  // Context of sample b in F: in place, or widened into `scratch`.
+  const F* context_of(int64_t b, F* scratch) const {
+    const T* x = data<T>(context) + b * s.n * s.X;
+    if constexpr (std::is_same_v<T, F>) {
+      return x;
+    } else {
+      widen_row(scratch, x, s.n * s.X);
+      return scratch;
+    }
+  }
+  int64_t context_scratch() const { return std::is_same_v<T, F> ? 0 : s.n * s.X; }
+
+  // Masked scores of the group's rows: scores [heads·Q, n] = q' · Xᵀ.
+  void score(F* scores, const F* absorbed, const F* x, int64_t b, int64_t g) const {
+    const int64_t rows = heads_in(g) * s.Q;
+    mm_out(matrix(absorbed, rows, s.X), transposed(x, s.n, s.X), matrix(scores, rows, s.n));
+    for (int64_t r = 0; mask.kind != Mask::kNone && r < rows; ++r)
+      mask.add_to(scores + r * s.n, mask.row(b, g * heads + r / s.Q, r % s.Q), s.n);
   }
 };
 
+// Memory of one thread, one tensor cut into pieces that start on cache lines.
 template <class F>
-Sample<F> prepare(const Shape& s, const Tensor& query, const Tensor& w_k, const Tensor& w_v,
-                  const OptionalTensor& mask, double scale, ScalarType acc) {
-  const Tensor source = widened(query, acc);
-  Tensor scaled = empty(source, {s.shared ? 1 : s.B, s.Q, s.A * s.d});
-  const F* from = data<F>(source);
-  F* to = mutable_data<F>(scaled);
-  for (int64_t i = 0; i < scaled.numel(); ++i) to[i] = from[i] * static_cast<F>(scale);
-  return {s, mask_of(mask, s), scaled, widened(w_k, acc), widened(w_v, acc), empty(scaled, {s.rows(), s.X})};
+struct Scratch {
+  Tensor memory;
+  std::vector<F*> at;
+  Scratch(const Tensor& like, ScalarType acc, const Sizes& pieces) {
+    const auto padded = [](int64_t n) { return ceil_div(n, 16) * 16; };
+    int64_t total = 0;
+    for (int64_t n : pieces) total += padded(n);
+    memory = empty(like, {total}, acc);
+    F* p = mutable_data<F>(memory);
+    for (int64_t n : pieces) at.push_back(p), p += padded(n);
+  }
+};
+
+// Softmax of a row in place, returns its log-sum-exp; a row with no key becomes zeros with lse -inf.
+template <class F>
+F softmax_row(F* row, int64_t n) {
+  F max;
+  const F sum = exp_row(row, n, &max);
+  const bool forbidden = max == -static_cast<F>(INFINITY);
+  const F scale = forbidden ? F(0) : F(1) / sum;
+  for (int64_t j = 0; j < n; ++j) row[j] *= scale;
+  return forbidden ? max : max + std::log(sum);
 }
 
-// Softmax of every row in place; a row with no key becomes zeros with lse -inf.
-template <class F>
-void softmax(const Tensor& scores, F* lse) {
-  const int64_t rows = scores.size(0), n = scores.size(1);
-  F* p = mutable_data<F>(scores);
-  parallel_for(0, rows, 8, [&](int64_t from, int64_t to) {
-    for (int64_t r = from; r < to; ++r) {
-      F max, *row = p + r * n;
-      const F sum = exp_row(row, n, &max);
-      const bool forbidden = n == 0 || max == -static_cast<F>(INFINITY);
-      const F scale = forbidden ? F(0) : F(1) / sum;
-      for (int64_t j = 0; j < n; ++j) row[j] = forbidden ? F(0) : row[j] * scale;
-      lse[r] = forbidden ? -static_cast<F>(INFINITY) : max + std::log(sum);
-    }
-  });
-}
-
-// out[q, head·d + c] = heads[head, q, c] + b_v, except in rows that attended to nothing.
+// out[q, head·d + c] = rows[head, q, c] + b_v, and 0 in rows that attended to nothing.
 template <class T, class F>
-void store_out(T* out, const F* heads_AQd, const T* value_bias, const F* lse, const Shape& s) {
-  for (int64_t h = 0; h < s.A; ++h)
-    for (int64_t q = 0; q < s.Q; ++q) {
-      const bool forbidden = lse[h * s.Q + q] == -static_cast<F>(INFINITY);
-      const F* from = heads_AQd + (h * s.Q + q) * s.d;
-      T* to = out + q * s.A * s.d + h * s.d;
-      for (int64_t c = 0; c < s.d; ++c) {
-        const F bias = value_bias && !forbidden ? widen(value_bias[h * s.d + c]) : F(0);
-        to[c] = Convert<T>::from(forbidden ? F(0) : from[c] + bias);
-      }
+void store_out(T* out, const F* rows, const T* value_bias, const F* lse, const Problem<T>& p, int64_t g) {
+  const Shape& s = p.s;
+  for (int64_t r = 0; r < p.heads_in(g) * s.Q; ++r) {
+    const int64_t head = g * p.heads + r / s.Q;
+    const bool forbidden = lse[r] == -static_cast<F>(INFINITY);
+    T* to = out + (r % s.Q) * s.A * s.d + head * s.d;
+    for (int64_t c = 0; c < s.d; ++c) {
+      const F bias = value_bias ? static_cast<F>(widen(value_bias[head * s.d + c])) : F(0);
+      to[c] = Convert<T>::from(forbidden ? F(0) : rows[r * s.d + c] + bias);
     }
-}
-
-template <class T>
-void forward_samples(const Shape& s, const Tensor& query, const Tensor& context, const Tensor& w_k,
-                     const Tensor& w_v, const OptionalTensor& value_bias, const OptionalTensor& mask,
-                     double scale, const Tensor& out, const Tensor& lse) {
-  using F = acc_t<T>;
-  const ScalarType acc = lse.scalar_type();
-  Sample<F> sample = prepare<F>(s, query, w_k, w_v, mask, scale, acc);
-  const Tensor scores = empty(lse, {s.rows(), s.n}), z = empty(lse, {s.rows(), s.X});
-  const Tensor out_heads = empty(lse, {s.A, s.Q, s.d});
-  const Tensor w_v_heads = transpose(by_head(sample.w_v, s), 1, 2);
-  for (int64_t b = 0; b < s.B; ++b) {
-    F* lse_b = mutable_data<F>(lse) + b * s.rows();
-    const Tensor x = sample.context(context, b);
-    sample.absorb(b);
-    sample.score(x, b, scores);
-    softmax(scores, lse_b);
-    mm_out(scores, x, z);
-    bmm_out(view(z, {s.A, s.Q, s.X}), w_v_heads, out_heads);
-    store_out(mutable_data<T>(out) + b * s.rows() * s.d, data<F>(out_heads), data<T>(value_bias), lse_b, s);
   }
 }
 
-ScalarType accumulation(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+template <class T>
+void forward_groups(const Problem<T>& p, const OptionalTensor& value_bias, const Tensor& out, const Tensor& lse) {
+  using F = acc_t<T>;
+  const Shape& s = p.s;
+  const int64_t rows = p.heads * s.Q;
+  const auto scratch = [&] {
+    return Scratch<F>(out, p.acc, {p.context_scratch(), rows * s.X, rows * s.n, rows * s.X, rows * s.d});
+  };
+  const Tensor absorbed = empty(lse, {s.shared ? s.A * s.Q : 0, s.X});  // of shared queries: once
+  if (s.shared)
+    for_each_block(p.groups(), [] { return 0; }, [&](int64_t g, int) {
+      bmm_out(p.query_of(0, g), p.weight_of(p.w_k, g), p.by_head(data<F>(absorbed) + g * rows * s.X, g, s.X));
+    });
+  for_each_block(s.B * p.groups(), scratch, [&](int64_t i, Scratch<F>& memory) {
+    const int64_t b = i / p.groups(), g = i % p.groups(), count = p.heads_in(g) * s.Q;
+    F *q = memory.at[1], *scores = memory.at[2], *z = memory.at[3], *heads = memory.at[4];
+    F* lse_g = mutable_data<F>(lse) + b * s.rows() + g * rows;
+    const F* x = p.context_of(b, memory.at[0]);
+    if (!s.shared) bmm_out(p.query_of(b, g), p.weight_of(p.w_k, g), p.by_head(q, g, s.X));
+    p.score(scores, s.shared ? data<F>(absorbed) + g * rows * s.X : q, x, b, g);
+    for (int64_t r = 0; r < count; ++r) lse_g[r] = softmax_row(scores + r * s.n, s.n);
+    mm_out(p.matrix(scores, count, s.n), p.matrix(x, s.n, s.X), p.matrix(z, count, s.X));
+    bmm_out(p.by_head(z, g, s.X), p.weight_of_transposed(p.w_v, g), p.by_head(heads, g, s.d));
+    store_out(mutable_data<T>(out) + b * p.block(), heads, data<T>(value_bias), lse_g, p, g);
+  });
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, const Tensor& w_k,
@@ -168,162 +210,153 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, c
   if (out.numel() == 0) return {out, lse};
   dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
     using T = pointee<decltype(tag)>;
-    forward_samples<T>(s, query, context, w_k, w_v, contiguous(value_bias), mask, scale, out, lse);
+    forward_groups<T>({query, context, w_k, w_v, mask, num_heads, scale}, contiguous(value_bias), out, lse);
   });
   return {out, lse};
 }
 
-// In: row r of both holds S (masked) and dP. Out: P and dS = P ∘ (dP - Σ P ∘ dP).
+// In: S (masked) and dP. Out: P and dS = P ∘ (dP - Σ P ∘ dP). P anew from S, not from the saved lse: a
+// rounded lse would put one relative error on the whole row.
 template <class F>
-void score_gradients(F* p, F* d_scores, const F* lse, const Shape& s) {
-  parallel_for(0, s.rows(), 8, [&](int64_t from, int64_t to) {
-    for (int64_t r = from; r < to; ++r) {
-      F *prob = p + r * s.n, *grad = d_scores + r * s.n;
-      exp_row_with_lse(prob, s.n, lse[r]);
-      F delta = 0;
-      for (int64_t j = 0; j < s.n; ++j) delta += prob[j] * grad[j];
-      for (int64_t j = 0; j < s.n; ++j) grad[j] = prob[j] * (grad[j] - delta);
-    }
-  });
+void score_gradient(F* p, F* d_scores, int64_t n) {
+  softmax_row(p, n);
+  double delta = 0;  // rows of dS must sum to 0, or dW_k picks up the mean of the context
+  for (int64_t j = 0; j < n; ++j) delta += static_cast<double>(p[j]) * d_scores[j];
+  for (int64_t j = 0; j < n; ++j) d_scores[j] = static_cast<F>(p[j] * (d_scores[j] - delta));
 }
 
-// Sums over samples of rows_bᵀ · wide_b for every head: the gradient of a weight. Samples are gathered in
-// groups of fixed size so that the products are large; groups add up in order.
 template <class F>
-class WeightGradient {
+void add_to(F* sum, const F* part, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
+}
+
+template <class T, class F>
+void round_to(const Tensor& to, int64_t first, const F* from, int64_t n, F scale) {
+  T* p = mutable_data<T>(to) + first;
+  for (int64_t i = 0; i < n; ++i) p[i] = Convert<T>::from(from[i] * scale);
+}
+
+// Gradients of all samples. A thread takes a group of heads: it alone adds to that group's rows of the
+// weight gradients, sample after sample. dX, a sum over groups, follows when all groups of a sample are done.
+template <class T>
+class Backward {
+  using F = acc_t<T>;
+
  public:
-  WeightGradient(const Shape& s, const Tensor& like, bool wanted) : s_(s), wanted_(wanted) {
-    if (!wanted) return;
-    sum_ = torch::stable::new_zeros(like, Sizes{s.A, s.d, s.X});
-    part_ = empty(like, {s.A, s.d, s.X});
-    rows_ = empty(like, {s.A, kGroup * s.Q, s.d});
-    wide_ = empty(like, {s.A, kGroup * s.Q, s.X});
-  }
-  // rows [Q, A, d] and wide [A, Q, X] of one sample.
-  void add(const F* rows, const F* wide) {
-    if (!wanted_) return;
-    F *to = mutable_data<F>(*rows_), *to_wide = mutable_data<F>(*wide_);
-    for (int64_t h = 0; h < s_.A; ++h) {
-      const int64_t first = (h * kGroup + filled_) * s_.Q;
-      for (int64_t q = 0; q < s_.Q; ++q)
-        memcpy(to + (first + q) * s_.d, rows + (q * s_.A + h) * s_.d, s_.d * sizeof(F));
-      memcpy(to_wide + first * s_.X, wide + h * s_.Q * s_.X, s_.Q * s_.X * sizeof(F));
+  Backward(const Problem<T>& p, const Tensor& grad, const Tensor& lse, double scale,
+           const std::vector<bool>& needs, const std::vector<Tensor>& grads)
+      : p_(p), s_(p.s), lse_(lse), scale_(static_cast<F>(scale)), needs_(needs), grads_(grads),
+        grad_(widened(grad, p.acc)),
+        p_ds_(empty(lse, {2 * s_.rows(), s_.n})),
+        dz_q_(empty(lse, {2 * s_.rows(), s_.X})),
+        d_query_(torch::stable::new_zeros(lse, Sizes{s_.Q, s_.A * s_.d})),
+        dw_k_(torch::stable::new_zeros(lse, Sizes{needs[2] ? s_.A * s_.d : 0, s_.X})),
+        dw_v_(torch::stable::new_zeros(lse, Sizes{needs[3] ? s_.A * s_.d : 0, s_.X})),
+        dx_(empty(lse, {needs[1] ? s_.n : 0, s_.X})),
+        context_(empty(lse, {p.context_scratch()})) {}
+
+  void run() {
+    std::vector<double> d_bias(s_.A * s_.d, 0.0);
+    const int64_t rows = p_.heads * s_.Q;
+    const auto scratch = [&] {
+      return Scratch<F>(lse_, p_.acc, {2 * rows * s_.n, 2 * rows * s_.X, p_.heads * s_.d * s_.X, rows * s_.d});
+    };
+    for (int64_t b = 0; b < s_.B; ++b) {
+      const F* x = p_.context_of(b, mutable_data<F>(context_));
+      for_each_block(p_.groups(), scratch, [&](int64_t g, Scratch<F>& memory) { group(b, g, x, memory, d_bias); });
+      if (needs_[1]) context_gradient(b);
+      if (needs_[0] && !s_.shared) round_to<T>(grads_[0], b * p_.block(), data<F>(d_query_), p_.block(), scale_);
     }
-    if (++filled_ == kGroup) flush();
-  }
-  void store(const Tensor& gradient, F scale) {
-    if (!wanted_) return;
-    if (filled_) flush();
-    dispatch_float("cross_attention", gradient.scalar_type(), [&](auto* tag) {
-      using T = pointee<decltype(tag)>;
-      const F* from = data<F>(*sum_);
-      for (int64_t i = 0; i < gradient.numel(); ++i)
-        mutable_data<T>(gradient)[i] = Convert<T>::from(from[i] * scale);
-    });
+    if (needs_[0] && s_.shared) round_to<T>(grads_[0], 0, data<F>(d_query_), p_.block(), scale_);
+    if (needs_[2]) round_to<T>(grads_[2], 0, data<F>(dw_k_), dw_k_.numel(), F(1));
+    if (needs_[3]) round_to<T>(grads_[3], 0, data<F>(dw_v_), dw_v_.numel(), F(1));
+    for (int64_t i = 0; needs_[4] && i < s_.A * s_.d; ++i)
+      mutable_data<T>(grads_[4])[i] = Convert<T>::from(static_cast<F>(d_bias[i]));
   }
 
  private:
-  static constexpr int64_t kGroup = 8;
-  void flush() {
-    Tensor rows = narrow(*rows_, 1, 0, filled_ * s_.Q), wide = narrow(*wide_, 1, 0, filled_ * s_.Q);
-    bmm_out(transpose(rows, 1, 2), wide, *part_);
-    F* sum = mutable_data<F>(*sum_);
-    const F* part = data<F>(*part_);
-    parallel_for(0, sum_->numel(), 65536, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) sum[i] += part[i];
-    });
-    filled_ = 0;
+  void group(int64_t b, int64_t g, const F* x, Scratch<F>& memory, std::vector<double>& d_bias) {
+    const int64_t count = p_.heads_in(g) * s_.Q, first = g * p_.heads * s_.Q;
+    const F* lse = data<F>(lse_) + b * s_.rows() + first;
+    F *p = memory.at[0], *ds = p + count * s_.n, *z = memory.at[1], *dq = z + count * s_.X;
+    F* dz = mutable_data<F>(dz_q_) + first * s_.X;  // kept for dX, with q' after all of them
+    F* q = mutable_data<F>(dz_q_) + (s_.rows() + first) * s_.X;
+    const Tensor d_out = p_.heads_of(data<F>(grad_), b, g), query = p_.query_of(b, g);
+    bmm_out(query, p_.weight_of(p_.w_k, g), p_.by_head(q, g, s_.X));
+    p_.score(p, q, x, b, g);
+    bmm_out(d_out, p_.weight_of(p_.w_v, g), p_.by_head(dz, g, s_.X));
+    mm_out(p_.matrix(dz, count, s_.X), p_.transposed(x, s_.n, s_.X), p_.matrix(ds, count, s_.n));
+    for (int64_t r = 0; r < count; ++r) score_gradient(p + r * s_.n, ds + r * s_.n, s_.n);
+    if (needs_[1]) {
+      memcpy(mutable_data<F>(p_ds_) + first * s_.n, p, count * s_.n * sizeof(F));
+      memcpy(mutable_data<F>(p_ds_) + (s_.rows() + first) * s_.n, ds, count * s_.n * sizeof(F));
+    }
+    if (needs_[4]) bias_gradient(b, g, lse, d_bias);
+    if (!(needs_[0] || needs_[2] || needs_[3])) return;
+    mm_out(p_.matrix(p, 2 * count, s_.n), p_.matrix(x, s_.n, s_.X), p_.matrix(z, 2 * count, s_.X));
+    if (needs_[0]) query_gradient(g, dq, memory.at[3]);
+    if (needs_[2]) weight_gradient(dw_k_, query, dq, g, memory.at[2]);
+    if (needs_[3]) weight_gradient(dw_v_, d_out, z, g, memory.at[2]);
   }
-  Shape s_;
-  bool wanted_;
-  int64_t filled_ = 0;
-  OptionalTensor sum_, part_, rows_, wide_;
+
+  // dq = dq' · W_kᵀ (times scale, at the end).
+  void query_gradient(int64_t g, const F* dq_wide, F* heads) {
+    bmm_out(p_.by_head(dq_wide, g, s_.X), p_.weight_of_transposed(p_.w_k, g), p_.by_head(heads, g, s_.d));
+    for (int64_t r = 0; r < p_.heads_in(g) * s_.Q; ++r) {
+      F* to = mutable_data<F>(d_query_) + (r % s_.Q) * s_.A * s_.d + (g * p_.heads + r / s_.Q) * s_.d;
+      for (int64_t c = 0; c < s_.d; ++c) to[c] = heads[r * s_.d + c] + (s_.shared ? to[c] : F(0));
+    }
+  }
+
+  // dW_h += rows_hᵀ · wide_h
+  void weight_gradient(const Tensor& sum, const Tensor& rows, const F* wide, int64_t g, F* part) {
+    const int64_t size = s_.d * s_.X;
+    bmm_out(torch::stable::transpose(rows, 1, 2), p_.by_head(wide, g, s_.X),
+            blob(part, {p_.heads_in(g), s_.d, s_.X}, {size, s_.X, 1}, p_.acc));
+    add_to(mutable_data<F>(sum) + g * p_.heads * size, part, p_.heads_in(g) * size);
+  }
+
+  void bias_gradient(int64_t b, int64_t g, const F* lse, std::vector<double>& d_bias) {
+    for (int64_t r = 0; r < p_.heads_in(g) * s_.Q; ++r) {
+      if (lse[r] == -static_cast<F>(INFINITY)) continue;
+      const int64_t head = g * p_.heads + r / s_.Q;
+      const F* row = data<F>(grad_) + b * p_.block() + (r % s_.Q) * s_.A * s_.d + head * s_.d;
+      for (int64_t c = 0; c < s_.d; ++c) d_bias[head * s_.d + c] += row[c];
+    }
+  }
+
+  // dX = [P; dS]ᵀ · [dZ; q']
+  void context_gradient(int64_t b) {
+    mm_blocked(p_ds_.data_ptr(), s_.n, 2 * s_.rows(), 1, s_.n, dz_q_, dx_.data_ptr(), p_.acc, sizeof(F));
+    round_to<T>(grads_[1], b * s_.n * s_.X, data<F>(dx_), s_.n * s_.X, F(1));
+  }
+
+  const Problem<T>& p_;
+  const Shape& s_;
+  Tensor lse_;
+  F scale_;
+  const std::vector<bool>& needs_;
+  const std::vector<Tensor>& grads_;
+  Tensor grad_, p_ds_, dz_q_, d_query_, dw_k_, dw_v_, dx_, context_;
 };
-
-template <class T, class F>
-void round_to(T* to, const F* from, int64_t n, F scale) {
-  for (int64_t i = 0; i < n; ++i) to[i] = Convert<T>::from(from[i] * scale);
-}
-
-// Gradient of a group of queries [A, Q, d] laid out as [Q, A·d], times scale, added to `sum`.
-template <class F>
-void add_heads(F* sum, const F* heads_AQd, const Shape& s, F scale) {
-  for (int64_t h = 0; h < s.A; ++h)
-    for (int64_t q = 0; q < s.Q; ++q)
-      for (int64_t c = 0; c < s.d; ++c)
-        sum[(q * s.A + h) * s.d + c] += heads_AQd[(h * s.Q + q) * s.d + c] * scale;
-}
-
-template <class T>
-void backward_samples(const Shape& s, const Tensor& grad, const Tensor& query, const Tensor& context,
-                      const Tensor& w_k, const Tensor& w_v, const OptionalTensor& mask, const Tensor& lse,
-                      double scale, const std::vector<bool>& needs, const std::vector<Tensor>& grads) {
-  using F = acc_t<T>;
-  const ScalarType acc = lse.scalar_type();
-  const bool need_q = needs[0], need_x = needs[1], need_k = needs[2], need_v = needs[3], need_b = needs[4];
-  Sample<F> sample = prepare<F>(s, query, w_k, w_v, mask, scale, acc);
-  const Tensor grad_wide = widened(grad, acc);
-  // Stacked halves [P; dS] and [dZ; q'], so that one product gives both [Z; dq'] and dX.
-  Tensor p_ds = empty(lse, {2 * s.rows(), s.n}), dz_q = empty(lse, {2 * s.rows(), s.X});
-  const Tensor z_dq = empty(lse, {2 * s.rows(), s.X}), d_query = empty(lse, {s.A, s.Q, s.d});
-  const Tensor probs = narrow(p_ds, 0, 0, s.rows()), d_scores = narrow(p_ds, 0, s.rows(), s.rows());
-  const Tensor dz = narrow(dz_q, 0, 0, s.rows());
-  sample.absorbed = narrow(dz_q, 0, s.rows(), s.rows());
-  const F *z = data<F>(z_dq), *dq_wide = z + s.rows() * s.X;
-  WeightGradient<F> dw_k(s, lse, need_k), dw_v(s, lse, need_v);
-  std::vector<F> shared_dq(need_q && s.shared ? s.Q * s.A * s.d : 0, F(0)), d_bias(s.A * s.d, F(0));
-  const Tensor dx = empty(lse, {need_x ? s.n : 0, s.X});
-  const int64_t block = s.rows() * s.d;  // values of grad and query in a sample
-
-  for (int64_t b = 0; b < s.B; ++b) {
-    const F *lse_b = data<F>(lse) + b * s.rows(), *grad_b = data<F>(grad_wide) + b * block;
-    const Tensor x = sample.context(context, b), d_out = select(grad_wide, 0, b);
-    sample.absorb(b);
-    sample.score(x, b, probs);
-    bmm_out(heads(d_out, s), by_head(sample.w_v, s), view(dz, {s.A, s.Q, s.X}));
-    mm_out(dz, transpose(x, 0, 1), d_scores);
-    score_gradients(mutable_data<F>(probs), mutable_data<F>(d_scores), lse_b, s);
-    if (need_q || need_k || need_v) mm_out(p_ds, x, z_dq);
-    dw_v.add(grad_b, z);
-    dw_k.add(data<F>(sample.query_of(b)), dq_wide);
-    if (need_q) {
-      Tensor wide = z_dq;
-      bmm_out(view(narrow(wide, 0, s.rows(), s.rows()), {s.A, s.Q, s.X}),
-              transpose(by_head(sample.w_k, s), 1, 2), d_query);
-      std::vector<F> one(s.shared ? 0 : block, F(0));
-      add_heads(s.shared ? shared_dq.data() : one.data(), data<F>(d_query), s, static_cast<F>(scale));
-      if (!s.shared) round_to(mutable_data<T>(grads[0]) + b * block, one.data(), block, F(1));
-    }
-    if (need_x) {
-      mm_out(transpose(p_ds, 0, 1), dz_q, dx);
-      round_to(mutable_data<T>(grads[1]) + b * s.n * s.X, data<F>(dx), s.n * s.X, F(1));
-    }
-    for (int64_t h = 0; need_b && h < s.A; ++h)
-      for (int64_t q = 0; q < s.Q; ++q)
-        if (lse_b[h * s.Q + q] != -static_cast<F>(INFINITY))
-          for (int64_t c = 0; c < s.d; ++c) d_bias[h * s.d + c] += grad_b[(q * s.A + h) * s.d + c];
-  }
-  dw_k.store(grads[2], F(1));
-  dw_v.store(grads[3], F(1));
-  if (need_q && s.shared) round_to(mutable_data<T>(grads[0]), shared_dq.data(), block, F(1));
-  if (need_b) round_to(mutable_data<T>(grads[4]), d_bias.data(), s.A * s.d, F(1));
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& query, const Tensor& context, const Tensor& w_k, const Tensor& w_v,
     const OptionalTensor& /*value_bias*/, const OptionalTensor& mask, const Tensor& /*out*/,
     const Tensor& lse, int64_t num_heads, double scale, std::vector<bool> needs) {
   const Shape s = shape_of(query, context, w_k, w_v, num_heads);
-  const auto zeros = [&](size_t i, const Tensor& like) {
-    const Sizes sizes(like.sizes().begin(), like.sizes().end());
+  const auto zeros = [&](size_t i, Sizes sizes) {
     return torch::stable::new_zeros(query, needs[i] ? sizes : Sizes{0});
   };
-  Tensor d_bias = torch::stable::new_zeros(query, needs[4] ? Sizes{s.A * s.d} : Sizes{0});
-  const std::vector<Tensor> grads = {zeros(0, query), zeros(1, context), zeros(2, w_k), zeros(3, w_v), d_bias};
+  const Sizes weight = {s.A * s.d, s.X};
+  const std::vector<Tensor> grads = {
+      zeros(0, s.shared ? Sizes{s.Q, s.A * s.d} : Sizes{s.B, s.Q, s.A * s.d}), zeros(1, {s.B, s.n, s.X}),
+      zeros(2, weight), zeros(3, weight), zeros(4, {s.A * s.d})};
   if (s.B * s.Q * s.n * s.X != 0)
     dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
       using T = pointee<decltype(tag)>;
-      backward_samples<T>(s, grad, query, context, w_k, w_v, mask, lse, scale, needs, grads);
+      const Problem<T> problem(query, context, w_k, w_v, mask, num_heads, scale);
+      Backward<T>(problem, grad, aligned(lse), scale, needs, grads).run();
     });
   return {grads[0], grads[1], grads[2], grads[3], grads[4]};
 }

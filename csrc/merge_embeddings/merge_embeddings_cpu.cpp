@@ -19,7 +19,11 @@ struct Plan {
 
   int64_t T() const { return input_ids.numel(); }
   int64_t L() const { return input_ids.size(input_ids.dim() - 1); }
-  int64_t samples() const { return L() ? T() / L() : 0; }
+  int64_t samples() const {
+    int64_t product = 1;
+    for (int64_t i = 0; i + 1 < input_ids.dim(); ++i) product *= input_ids.size(i);
+    return product;
+  }
   std::string place(int64_t t) const {
     return input_ids.dim() == 1 ? std::to_string(t)
                                 : std::to_string(t / L()) + ", " + std::to_string(t % L());

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Patch embedding on CPU: pack a panel of patches from raw pixels, multiply it with torch's GEMM, finish
-// its rows while they are in cache. No image-sized float tensor exists in the forward.
+// Patch embedding on CPU. Each thread packs a panel of patches from raw pixels, multiplies it with torch's
+// GEMM and finishes its rows while they are in its cache. No image-sized float tensor exists in the forward.
 #include <algorithm>
 
 #include "../common/aten.h"
@@ -9,7 +9,7 @@
 namespace mmkernels::patch_embed {
 namespace {
 
-constexpr int64_t kPanelRows = 1152;  // enough for the GEMM to run at full speed, small enough for L2/L3
+constexpr int64_t kPanelRows = 384;  // enough for the GEMM to run at full speed, small enough for L2
 
 // The four pairs that matter are compiled per instruction set; the others take the plain loop.
 #define MMK_ROW(T, Pixel)                                                                        \
@@ -70,29 +70,23 @@ void pack_strip(T* to, const Pixel* pixels, const Shape& s, int64_t strip,
 
 // Strips [begin, end) as GEMM rows; prefix tokens take rows of zeros so that token rows stay contiguous.
 template <class T, class Pixel>
-void pack_panel(T* panel, const Pixel* pixels, const Shape& s, int64_t begin, int64_t end,
-                const std::vector<Affine>& affines) {
-  const int64_t first = s.first_token(begin), K = s.K();
-  torch::stable::parallel_for(begin, end, 1, [&](int64_t from, int64_t to) {
-    std::vector<T> line(s.W);
-    for (int64_t strip = from; strip < to; ++strip) {
-      T* rows = panel + (s.first_token(strip) - first) * K;
-      if (s.is_prefix(strip))
-        memset(static_cast<void*>(rows), 0, s.R * K * sizeof(T));
-      else
-        pack_strip(rows, pixels, s, strip, affines, line.data());
-    }
-  });
+void pack_strips(T* panel, const Pixel* pixels, const Shape& s, int64_t begin, int64_t end,
+                 const std::vector<Affine>& affines) {
+  std::vector<T> line(s.W);
+  for (int64_t strip = begin; strip < end; ++strip) {
+    T* rows = panel + (s.first_token(strip) - s.first_token(begin)) * s.K();
+    if (s.is_prefix(strip))
+      memset(static_cast<void*>(rows), 0, s.R * s.K() * sizeof(T));
+    else
+      pack_strip(rows, pixels, s, strip, affines, line.data());
+  }
 }
 
-void pack(const Tensor& panel, const Tensor& pixels, const Shape& s, int64_t begin, int64_t end,
+template <class T>
+void pack(T* panel, const Tensor& pixels, const Shape& s, int64_t begin, int64_t end,
           const std::vector<Affine>& affines) {
-  dispatch_float("patch_embed", panel.scalar_type(), [&](auto* t) {
-    dispatch_pixels(pixels, [&](auto* p) {
-      using T = pointee<decltype(t)>;
-      using Pixel = pointee<decltype(p)>;
-      pack_panel(mutable_data<T>(panel), data<Pixel>(pixels), s, begin, end, affines);
-    });
+  dispatch_pixels(pixels, [&](auto* p) {
+    pack_strips(panel, data<pointee<decltype(p)>>(pixels), s, begin, end, affines);
   });
 }
 
@@ -110,18 +104,16 @@ template <class T>
 void finish_rows(T* out, const Shape& s, int64_t begin, int64_t end, int64_t D, const T* position,
                  int64_t position_rows, const T* prefix) {
   const int64_t positioned = position_rows - s.N();  // prefix tokens that have a position
-  torch::stable::parallel_for(begin, end, 64, [&](int64_t from, int64_t to) {
-    for (int64_t token = from; token < to; ++token) {
-      const int64_t r = token % s.tokens();
-      T* row = out + token * D;
-      const T* source = r < s.R ? prefix + r * D : row;
-      const int64_t p = r < s.R ? r : r - s.R + positioned;
-      if (position && (r >= s.R || r < positioned))
-        add_row(row, source, position + p * D, D);
-      else if (r < s.R)
-        memcpy(static_cast<void*>(row), source, D * sizeof(T));
-    }
-  });
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t r = token % s.tokens();
+    T* row = out + token * D;
+    const T* source = r < s.R ? prefix + r * D : row;
+    const int64_t p = r < s.R ? r : r - s.R + positioned;
+    if (position && (r >= s.R || r < positioned))
+      add_row(row, source, position + p * D, D);
+    else if (r < s.R)
+      memcpy(static_cast<void*>(row), source, D * sizeof(T));
+  }
 }
 
 void check_rows(const Shape& s, const Tensor& weight, const OptionalTensor& bias,
@@ -137,35 +129,45 @@ void check_rows(const Shape& s, const Tensor& weight, const OptionalTensor& bias
          position->size(0));
 }
 
-Tensor forward(const Tensor& pixels, const Tensor& weight_, const OptionalTensor& bias,
-               const OptionalTensor& position_, const OptionalTensor& prefix_, Numbers scale,
+// How many strips make a panel, and how many rows it then has at most.
+int64_t panel_strips(const Shape& s) {
+  return std::max<int64_t>(1, kPanelRows / std::max<int64_t>(1, s.grid_w()));
+}
+
+template <class T>
+void embed(const Shape& s, const Tensor& pixels, const Tensor& weight, const OptionalTensor& bias,
+           const OptionalTensor& position, const OptionalTensor& prefix,
+           const std::vector<Affine>& affines, const Tensor& out) {
+  const int64_t D = weight.size(0), K = s.K(), strips = s.B * s.strips(), step = panel_strips(s);
+  const int64_t rows = std::min(s.B * s.tokens(), step * std::max(s.grid_w(), s.R));
+  const ScalarType dtype = weight.scalar_type();
+  T* tokens = mutable_data<T>(out);
+  const auto scratch = [&] { return empty(weight, {rows, K}); };
+  for_each_block(ceil_div(strips, step), scratch, [&](int64_t i, const Tensor& panel) {
+    const int64_t begin = i * step, end = std::min(begin + step, strips);
+    const int64_t first = s.first_token(begin), count = s.first_token(end) - first;
+    pack(mutable_data<T>(panel), pixels, s, begin, end, affines);
+    linear_out(rows_blob(panel.data_ptr(), count, K, dtype), rows_blob(weight.data_ptr(), D, K, dtype),
+               bias ? OptionalTensor(blob(bias->data_ptr(), {D}, {1}, dtype)) : std::nullopt,
+               rows_blob(tokens + first * D, count, D, dtype));
+    if (position || prefix)
+      finish_rows(tokens, s, first, first + count, D, data<T>(position),
+                  position ? position->size(0) : 0, data<T>(prefix));
+  });
+}
+
+Tensor forward(const Tensor& pixels, const Tensor& weight, const OptionalTensor& bias,
+               const OptionalTensor& position, const OptionalTensor& prefix, Numbers scale,
                Numbers shift) {
-  const Shape s = shape_of(pixels, weight_, prefix_ ? prefix_->size(0) : 0);
-  check_rows(s, weight_, bias, position_, prefix_);
-  const int64_t D = weight_.size(0), K = s.K(), strips = s.B * s.strips();
-  const OptionalTensor position = contiguous(position_), prefix = contiguous(prefix_);
-  Tensor out = empty(weight_, {s.B, s.tokens(), D});
+  const Shape s = shape_of(pixels, weight, prefix ? prefix->size(0) : 0);
+  check_rows(s, weight, bias, position, prefix);
+  Tensor out = empty(weight, {s.B, s.tokens(), weight.size(0)});
   if (out.numel() == 0) return out;
   const auto affines = affines_of(s, scale, shift);
-  const Tensor weight = torch::stable::reshape(weight_, {D, K});
-  Tensor rows = torch::stable::view(out, {s.B * s.tokens(), D});
-
-  const int64_t step = std::max<int64_t>(1, kPanelRows / std::max<int64_t>(1, s.grid_w()));
-  const Tensor panel = empty(weight, {std::min(s.B * s.tokens(), step * std::max(s.grid_w(), s.R)), K});
-  for (int64_t strip = 0; strip < strips; strip += step) {
-    const int64_t end = std::min(strip + step, strips);
-    const int64_t first = s.first_token(strip), count = s.first_token(end) - first;
-    Tensor a = panel;
-    pack(panel, pixels, s, strip, end, affines);
-    linear_out(torch::stable::narrow(a, 0, 0, count), weight, bias,
-               torch::stable::narrow(rows, 0, first, count));
-    if (!position && !prefix) continue;
-    dispatch_float("patch_embed", weight.scalar_type(), [&](auto* tag) {
-      using T = pointee<decltype(tag)>;
-      finish_rows(mutable_data<T>(out), s, first, first + count, D, data<T>(position),
-                  position ? position->size(0) : 0, data<T>(prefix));
-    });
-  }
+  dispatch_float("patch_embed", weight.scalar_type(), [&](auto* tag) {
+    embed<pointee<decltype(tag)>>(s, pixels, aligned(weight), contiguous(bias), contiguous(position),
+                                  contiguous(prefix), affines, out);
+  });
   return out;
 }
 
@@ -241,12 +243,20 @@ void unpack_strips(Pixel* to, const T* rows, const Shape& s, const std::vector<A
   });
 }
 
+// All patches [B·N, K]: what the weight gradient multiplies.
+template <class T>
+void pack_all(T* panel, const Tensor& pixels, const Shape& s, const std::vector<Affine>& affines) {
+  torch::stable::parallel_for(0, s.B * s.strips(), 1, [&](int64_t begin, int64_t end) {
+    pack(panel + s.first_token(begin) * s.K(), pixels, s, begin, end, affines);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_, const Tensor& pixels, const Tensor& weight, Numbers scale, Numbers shift,
     int64_t prefix_rows, int64_t position_rows, std::vector<bool> needs) {
   Shape s = shape_of(pixels, weight, prefix_rows);
   const int64_t D = weight.size(0), K = s.K(), rows = s.B * s.N();
-  const Tensor grad = torch::stable::contiguous(grad_);
+  const Tensor grad = aligned(grad_);
   const auto affines = affines_of(s, scale, shift);
   const auto zeros = [&](bool need, Sizes sizes) {  // zero-size inputs leave the sums at 0
     return torch::stable::new_zeros(weight, need ? sizes : Sizes{0});
@@ -265,20 +275,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   const Tensor patches = patch_grads(grad, s, D), panel = empty(weight, {rows, K});
   s.R = 0;  // from here on only patches
-  if (needs[1]) {
-    pack(panel, pixels, s, 0, s.B * s.strips(), affines);
-    mm_out(torch::stable::transpose(patches, 0, 1), panel, torch::stable::view(d_weight, {D, K}));
-  }
-  if (needs[0]) {
-    mm_out(patches, torch::stable::reshape(weight, {D, K}), panel);
-    dispatch_float("patch_embed", weight.scalar_type(), [&](auto* t) {
-      dispatch_float("patch_embed", pixels.scalar_type(), [&](auto* p) {
-        using T = pointee<decltype(t)>;
-        using Pixel = pointee<decltype(p)>;
-        unpack_strips(mutable_data<Pixel>(d_pixels), data<T>(panel), s, affines);
-      });
+  dispatch_float("patch_embed", weight.scalar_type(), [&](auto* t) {
+    using T = pointee<decltype(t)>;
+    if (needs[1]) {
+      pack_all(mutable_data<T>(panel), pixels, s, affines);
+      mm_blocked(patches.data_ptr(), D, rows, 1, D, panel, d_weight.data_ptr(), weight.scalar_type(), sizeof(T));
+    }
+    if (!needs[0]) return;
+    const Tensor w = torch::stable::view(aligned(weight), {D, K});
+    mm_blocked(patches.data_ptr(), rows, D, D, 1, w, panel.data_ptr(), weight.scalar_type(), sizeof(T));
+    dispatch_float("patch_embed", pixels.scalar_type(), [&](auto* p) {
+      unpack_strips(mutable_data<pointee<decltype(p)>>(d_pixels), data<T>(panel), s, affines);
     });
-  }
+  });
   return {d_pixels, d_weight, d_bias, d_position, d_prefix};
 }
 

@@ -36,8 +36,10 @@ def cross_attention(
     scores = scores_with_mask(q, key, attention_mask, scale)
     lse = torch.logsumexp(scores, -1)
     probabilities = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
-    out = probabilities.to(value.dtype) @ value
-    return out.transpose(1, 2).flatten(2), lse.detach()
+    out = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
+    if key_bias is not None:  # it has a gradient, and that is exactly 0
+        out = out + key_bias.mul(0).sum()
+    return out, lse.detach()
 
 
 def scores_with_mask(

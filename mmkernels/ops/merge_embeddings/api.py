@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public ``merge_embeddings``: what it computes, and the checks before it does."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -181,7 +182,7 @@ def _counts(
 ) -> list[int] | None:
     if feature_counts is None:
         return None
-    samples = input_ids.numel() // input_ids.shape[-1] if input_ids.shape[-1] else 0
+    samples = math.prod(input_ids.shape[:-1])
     if len(feature_counts) != M or any(len(c) != samples for c in feature_counts):
         got = [len(c) for c in feature_counts]
         checks.fail(

@@ -71,8 +71,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.from_embeds = inputs_embeds is not None
     ctx.text_shape = (inputs_embeds if ctx.from_embeds else embed_weight).shape
     ctx.feature_lengths = [f.shape[0] for f in features]
-    ctx.by_row = len(inputs[5])
+    # Lists come back as lists where torch takes them for lists of tensors: empty ones, and features.
+    ctx.list_grads = [
+        [None] * len(i) if isinstance(i, list) and not _numbers(i) else None for i in inputs
+    ]
     ctx.feature_needs = [f.requires_grad for f in features]
+
+
+def _numbers(values: list[Any]) -> bool:
+    return bool(values) and not isinstance(values[0], torch.Tensor)
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
@@ -85,7 +92,8 @@ def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
     text = d_text.view(ctx.text_shape) if needs_text else None
     features = [g if need else None for g, need in zip(d_features, ctx.feature_needs, strict=True)]
     weight, embeds = (None, text) if ctx.from_embeds else (text, None)
-    return None, weight, embeds, features, None, [None] * ctx.by_row, None, None, None
+    lists = ctx.list_grads
+    return None, weight, embeds, features, lists[4], lists[5], lists[6], None, None
 
 
 backends.differentiable("merge_embeddings", _backward, _save)

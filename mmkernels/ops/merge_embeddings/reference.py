@@ -10,6 +10,8 @@ Rows are copied bit by bit; ``embed_scale`` multiplies looked-up rows only, in f
 The embedding gradient sums in fp32 (fp64 for float64) and rounds once.
 """
 
+import math
+
 import torch
 
 
@@ -104,8 +106,8 @@ def _check_counts(
     feature_counts: list[int] | None,
 ) -> None:
     L = input_ids.shape[-1]
-    samples = input_ids.numel() // L if L else 0
-    got = torch.bincount(positions // L, minlength=samples).tolist() if samples else []
+    samples = math.prod(input_ids.shape[:-1])
+    got = torch.bincount(positions // max(L, 1), minlength=samples).tolist()
     expected = (
         feature_counts[m * samples : (m + 1) * samples] if feature_counts is not None else got
     )

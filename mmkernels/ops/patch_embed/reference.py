@@ -28,9 +28,9 @@ def patch_rows(
         shift = torch.tensor(pixel_shift, dtype=torch.float64, device=x.device).view(-1, 1, 1)
         x = x.double() * scale + shift
     x = x.to(weight.dtype)
-    patches_BChwPP = x.unfold(2, P_h, P_h).unfold(3, P_w, P_w)
-    N = patches_BChwPP.shape[2] * patches_BChwPP.shape[3]
-    return patches_BChwPP.permute(0, 2, 3, 1, 4, 5).reshape(B, N, C * P_h * P_w)
+    h, w = x.shape[2] // P_h, x.shape[3] // P_w
+    patches_BChPwP = x.reshape(B, C, h, P_h, w, P_w)
+    return patches_BChPwP.permute(0, 2, 4, 1, 3, 5).reshape(B, h * w, C * P_h * P_w)
 
 
 def patch_embed(

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests, benchmarks and ``doctor`` share: cases, the error bound, and which kernel ran."""
+
+from mmkernels.testing.case import Case, Inputs, Invalid
+from mmkernels.testing.watch import captured_calls, which_kernel_ran
+from mmkernels.testing.yardstick import Comparison, compare, gradients, in_fp64
+
+__all__ = [
+    "Case",
+    "Comparison",
+    "Inputs",
+    "Invalid",
+    "captured_calls",
+    "compare",
+    "gradients",
+    "in_fp64",
+    "which_kernel_ran",
+]

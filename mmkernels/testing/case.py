@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A case: a named shape of an op. ``ops/<op>/cases.py`` lists them; tests and benchmarks walk them.
+
+Every ``cases.py`` exports:
+
+- ``CASES``, and ``make_inputs(case, dtype, device, seed, family) -> Inputs``; ``FAMILIES`` of values.
+- ``run(inputs)``: the public op. ``eager(inputs)``: what transformers runs. ``library(inputs)``: the
+  strongest public way, for benchmarks.
+- ``magnitudes(inputs, power)``: inputs whose reference output is Σ|t|^power over the terms t of each
+  output (and, by autograd, of each gradient); None where the bound is not that of one reduction.
+- ``rounded_before(inputs)``: with ``magnitudes``, the value the op rounds to 16 bits before the output,
+  if its contract says it rounds twice.
+- ``traffic(inputs) -> (bytes, flops)``: what the op must move and multiply, at least.
+- ``INVALID``: calls that must raise.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes by letter, and where the case is used: test, gradcheck, empty, bench."""
+
+    name: str
+    sizes: dict[str, Any] = field(hash=False)
+    tags: frozenset[str] = frozenset({"test"})
+
+    def __getattr__(self, letter: str) -> Any:
+        try:
+            return self.sizes[letter]
+        except KeyError:
+            raise AttributeError(letter) from None
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A call that must raise ``error`` with a message matching ``message``."""
+
+    name: str
+    change: Callable[[Inputs], Inputs] = field(hash=False)
+    message: str
+    error: type[Exception] = ValueError
+
+
+def leaves(inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Float tensors by name, lists flattened as ``name[i]``: what has a gradient (a mask has none)."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in inputs.items():
+        items = (
+            [(f"{name}[{i}]", v) for i, v in enumerate(value)] if isinstance(value, list) else []
+        )
+        for key, tensor in items or [(name, value)]:
+            is_float = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            if is_float and key != "attention_mask":
+                found[key] = tensor
+    return found
+
+
+def map_tensors(inputs: Inputs, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+    """The inputs with every tensor replaced."""
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, list):
+            return [visit(v) for v in value]
+        return change(value) if isinstance(value, torch.Tensor) else value
+
+    return {name: visit(value) for name, value in inputs.items()}

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// Merging on CUDA: check shapes, allocate, launch on torch's current stream. Values are checked on the device.
+#include "../common/cuda_stream.h"
+#include "merge_embeddings_cuda.h"
+
+namespace mmkernels::merge_embeddings {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat;
+    case ScalarType::Double: return Dtype::kDouble;
+    case ScalarType::BFloat16: return Dtype::kBfloat16;
+    case ScalarType::Half: return Dtype::kHalf;
+    default: fail("merge_embeddings: float64, float32, float16 and bfloat16 are supported, got another dtype");
+  }
+}
+
+void check_features(const Tensor& text, const std::vector<Tensor>& features, size_t places) {
+  if (features.size() > kMaxModalities || places != features.size())
+    fail("merge_embeddings: features must be at most ", kMaxModalities,
+         " modalities with one token id or one tensor of rows each, got ", features.size(), " and ", places);
+  for (const Tensor& f : features)
+    if (f.dim() != 2 || f.size(1) != text.size(text.dim() - 1) || f.scalar_type() != text.scalar_type())
+      fail("merge_embeddings: features must be [n, D] with the D and the dtype of the embeddings");
+}
+
+std::tuple<Tensor, Tensor> forward(
+    const Tensor& input_ids, const OptionalTensor& embed_weight, const OptionalTensor& inputs_embeds,
+    std::vector<Tensor> features, std::vector<int64_t> token_ids, std::vector<Tensor> feature_rows,
+    std::optional<std::vector<int64_t>> /*counts: on CUDA only totals are checked*/,
+    std::optional<double> embed_scale, std::optional<int64_t> /*padding_idx: backward only*/) {
+  const DeviceGuard guard(input_ids.get_device_index());
+  const cudaStream_t stream = current_stream(input_ids.get_device_index());
+  const Tensor text = torch::stable::contiguous(inputs_embeds ? *inputs_embeds : *embed_weight);
+  const Tensor ids = torch::stable::contiguous(input_ids);
+  check_features(text, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
+  const int64_t D = text.size(text.dim() - 1), T = ids.numel();
+
+  PlanArgs plan{};
+  plan.ids = ids.data_ptr(), plan.ids_are_int64 = ids.scalar_type() == ScalarType::Long;
+  plan.T = T, plan.vocab = inputs_embeds ? 0 : text.size(0);
+  plan.modalities = static_cast<int32_t>(features.size()), plan.by_row = !feature_rows.empty();
+  Sources sources{};
+  sources.text = data<char>(text), sources.modalities = plan.modalities;
+  sources.row_bytes = D * static_cast<int64_t>(text.element_size());
+  for (size_t m = 0; m < features.size(); ++m) {
+    features[m] = torch::stable::contiguous(features[m]);
+    if (plan.by_row) feature_rows[m] = torch::stable::contiguous(feature_rows[m]);
+    sources.features[m] = data<char>(features[m]);
+    sources.first[m + 1] = plan.first[m + 1] = plan.first[m] + features[m].size(0);
+    if (plan.by_row) plan.rows[m] = data<int64_t>(feature_rows[m]);
+    else plan.token_ids[m] = token_ids[m];
+  }
+  Tensor source = empty(text, {T}, ScalarType::Long);
+  plan.source = mutable_data<int64_t>(source);
+  Sizes shape(input_ids.sizes().begin(), input_ids.sizes().end());
+  shape.push_back(D);
+  Tensor merged = empty(text, shape);
+  if (T == 0) return {merged, source};
+  check_cuda("merge_embeddings", launch_plan(plan, stream));
+  const MergeArgs args{sources, plan.source, mutable_data<char>(merged), T, sources.first[features.size()],
+                       embed_scale.has_value(), embed_scale.value_or(1.0)};
+  if (D) check_cuda("merge_embeddings", launch_merge(args, dtype_of(text), stream));
+  return {merged, source};
+}
+
+// Tokens sorted by their row: aten::sort.stable
+std::tuple<Tensor, Tensor> sort_stable(const Tensor& t) {
+  StableIValue stack[4] = {boxed(t), boxed(std::optional<bool>(true)), boxed(int64_t{0}), boxed(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> backward(
+    const Tensor& grad_, const Tensor& row_source, int64_t vocab, std::vector<int64_t> lengths,
+    std::optional<double> embed_scale, std::optional<int64_t> padding_idx, std::vector<bool> needs) {
+  const DeviceGuard guard(grad_.get_device_index());
+  const cudaStream_t stream = current_stream(grad_.get_device_index());
+  const Tensor grad = torch::stable::contiguous(grad_);
+  const int64_t D = grad.size(grad.dim() - 1), T = row_source.numel();
+  const auto zeros = [&](bool need, int64_t rows) {  // features nobody placed have no gradient
+    return torch::stable::new_zeros(grad, need ? Sizes{rows, D} : Sizes{0});
+  };
+  Tensor d_text = zeros(needs[0], vocab ? vocab : T);
+  std::vector<Tensor> d_features;
+  BackwardArgs args{};
+  args.modalities = static_cast<int32_t>(lengths.size());
+  for (size_t m = 0; m < lengths.size(); ++m) {
+    d_features.push_back(zeros(needs[1 + m], lengths[m]));
+    args.features[m] = needs[1 + m] ? mutable_data<char>(d_features[m]) : nullptr;
+    args.first[m + 1] = args.first[m] + lengths[m];
+  }
+  if (T * D == 0) return {d_text, d_features};
+  std::optional<std::tuple<Tensor, Tensor>> sorted;
+  if (needs[0] && vocab) {
+    sorted = sort_stable(row_source);
+    args.sorted = data<int64_t>(std::get<0>(*sorted)), args.order = data<int64_t>(std::get<1>(*sorted));
+    args.table = mutable_data<char>(d_text);
+  } else if (needs[0]) {
+    args.embeds = mutable_data<char>(d_text);
+  }
+  args.grad = data<char>(grad), args.source = data<int64_t>(row_source);
+  args.T = T, args.D = D, args.vocab = vocab;
+  args.padding = padding_idx.value_or(-1), args.scale = embed_scale.value_or(1.0);
+  check_cuda("merge_embeddings_backward", launch_backward(args, dtype_of(grad), stream));
+  return {d_text, d_features};
+}
+
+std::vector<int64_t> poll(int64_t device) {
+  const DeviceGuard guard(static_cast<int32_t>(device));
+  std::vector<int64_t> found(4, 0);
+  check_cuda("merge_embeddings", take_error(found.data(), current_stream(static_cast<int32_t>(device))));
+  return found;
+}
+
+}  // namespace
+}  // namespace mmkernels::merge_embeddings
+
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CUDA, m) {
+  m.impl("merge_embeddings", TORCH_BOX(&mmkernels::merge_embeddings::forward));
+  m.impl("merge_embeddings_backward", TORCH_BOX(&mmkernels::merge_embeddings::backward));
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) { m.def("merge_embeddings_poll(int device) -> int[]"); }
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CompositeExplicitAutograd, m) {
+  m.impl("merge_embeddings_poll", TORCH_BOX(&mmkernels::merge_embeddings::poll));
+}

@@ -60,7 +60,7 @@ def load_native() -> None:
         except OSError as error:  # the undefined symbol is in the cause, not in the message
             _state.native_error = str(error.__cause__ or error).splitlines()[0]
             logger.warning(
-                "%s exists but does not load: %s. %s", NATIVE_PATH, native_error(), _REMEDY
+                "%s exists but does not load: %s. %s", NATIVE_PATH, native_error(), REMEDY
             )
 
 
@@ -72,7 +72,7 @@ def build_info() -> dict[str, Any]:
     return {"error": "no build information: the package was not installed with pip"}
 
 
-_REMEDY = (
+REMEDY = (
     "Results are right, only slower. Install a C++17 compiler and CMake, then: "
     "pip install --no-build-isolation --force-reinstall --no-deps mmkernels "
     "(`mmkernels info` shows the details)"
@@ -180,13 +180,13 @@ def _note_fallback(name: str) -> None:
         return
     message = f"{name} runs through the PyTorch reference: {native_error() or 'no kernel for this device or dtype'}."
     if os.environ.get("MMKERNELS_STRICT") == "1":
-        raise RuntimeError(f"{message} MMKERNELS_STRICT=1 makes this an error. {_REMEDY}")
+        raise RuntimeError(f"{message} MMKERNELS_STRICT=1 makes this an error. {REMEDY}")
     _warn_once(message)
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    logger.warning("%s %s", message, _REMEDY)
+    logger.warning("%s %s", message, REMEDY)
 
 
 def _autocast_rule(op: Op, device: str, key: str) -> Callable[..., Any]:

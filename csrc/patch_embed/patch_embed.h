@@ -25,6 +25,7 @@ struct Shape {
   MMK_HD int64_t patch_row(int64_t strip) const { return strip % strips() - (R > 0 ? 1 : 0); }
   // First token (of all images') of a strip; strip = B·strips() gives the number of tokens.
   MMK_HD int64_t first_token(int64_t strip) const {
+    if (strips() == 0) return 0;
     const int64_t b = strip / strips(), s = strip % strips();
     if (R == 0) return b * N() + s * grid_w();
     return b * tokens() + (s == 0 ? 0 : R + (s - 1) * grid_w());

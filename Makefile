@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` work from a clean clone: they make .venv, install torch first, build, run.
+SHELL := /bin/bash
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+TORCH ?= torch==2.13.0
+INSTALLED := $(VENV)/.installed
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test lint full install check-torch compile-cuda compile-triton bench clean
+
+install: $(INSTALLED)
+
+# torch first and alone: anything else that asks for torch would fetch a multi-gigabyte CUDA build.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(PY) -m pip install --quiet "$(TORCH)" numpy
+	-$(PY) -m pip install --quiet triton==3.7.1 || echo "triton not installed: its tests are skipped"
+	touch $@
+
+$(INSTALLED): $(VENV)/.torch $(SOURCES)
+	$(PY) -m pip install --quiet "setuptools>=77" wheel "cmake>=3.25" ninja pybind11
+	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: install
+	$(PY) -m mmkernels demo
+	$(PY) -m benchmarks.run --quick
+
+test: install
+	$(PY) -m pytest -q tests benchmarks/test_harness.py
+	TRITON_INTERPRET=1 $(PY) -m pytest -q tests/interpreted
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# Every .cu for every architecture we ship; no GPU and no torch needed.
+compile-cuda:
+	@if command -v nvcc >/dev/null; then set -e; for f in csrc/*/*.cu; do for a in 80 90a 100; do \
+	  echo "nvcc sm_$$a $$f"; nvcc -std=c++17 -O3 -arch=sm_$$a -Xptxas -v -c $$f -o /dev/null 2>&1 | tee /tmp/mmk_ptxas.txt | grep -E "error" && exit 1; \
+	  if grep -E "[1-9][0-9]* bytes spill" /tmp/mmk_ptxas.txt; then echo "$$f spills registers on sm_$$a"; exit 1; fi; \
+	  done; done; else echo "compile-cuda: no nvcc here, skipped"; fi
+
+compile-triton: install
+	@if $(PY) -c "import triton" 2>/dev/null; then $(PY) tests/aot/compile_triton.py; else echo "compile-triton: triton is not installed, skipped"; fi
+
+bench: install
+	$(PY) -m benchmarks.run
+
+full: test lint compile-cuda compile-triton
+	$(PY) -m pytest -q benchmarks --benchmark-disable
+
+# The wheel under another torch, in an environment of its own (gigabytes; never in CI).
+check-torch: install
+	tests/check_torch.sh "$(PY)" torch==2.11.0
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) mmkernels/_C.so mmkernels/_build_info.json runs

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel runs, in fresh processes: with the native library, without it, and with one that will not load."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mmkernels
+import pytest
+import torch
+from mmkernels import backends
+
+ROOT = Path(__file__).parents[1]
+EMBED = """
+import torch, mmkernels
+from mmkernels.testing import which_kernel_ran
+with which_kernel_ran() as ran:
+    mmkernels.patch_embed(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 4, 4))
+print(ran["patch_embed"])
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_with_the_library_the_kernel_runs_and_nothing_is_said() -> None:
+    done = run(EMBED)
+    assert done.stdout.split() == ["native"], done.stderr
+    assert "reference" not in done.stderr
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once_with_the_remedy() -> None:
+    done = run(EMBED + EMBED, MMKERNELS_NATIVE="0")
+    assert done.stdout.split() == ["reference", "reference"]
+    assert done.stderr.count("patch_embed runs through the PyTorch reference") == 1
+    assert "pip install" in done.stderr and "MMKERNELS_NATIVE=0" in done.stderr
+
+
+def test_strict_makes_the_fallback_an_error() -> None:
+    done = run(EMBED, MMKERNELS_NATIVE="0", MMKERNELS_STRICT="1")
+    assert done.returncode != 0
+    assert "MMKERNELS_STRICT=1 makes this an error" in done.stderr
+
+
+def test_a_forced_reference_is_silent() -> None:
+    done = run(EMBED.replace('["patch_embed"]', ""), MMKERNELS_BACKEND="reference")
+    assert done.returncode == 0 and not done.stderr
+
+
+def test_a_broken_library_is_reported_with_its_cause(tmp_path: Path) -> None:
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"not a library")
+    done = run(
+        "import mmkernels.backends as b, pathlib\n"
+        f"b.NATIVE_PATH = pathlib.Path({str(broken)!r})\n"
+        "b.load_native(); print(b.native_error())"
+    )
+    assert "too short" in done.stdout or "invalid ELF" in done.stdout
+    assert "does not load" in done.stderr and "Results are right, only slower" in done.stderr
+
+
+def test_info_and_doctor_agree_with_the_dispatcher(capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    from mmkernels import info
+
+    assert info.main(argparse.Namespace(json=True)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["native_library"]["loaded"]
+    for op in mmkernels.OPS:
+        assert found["kernels"][op]["cpu"] == {"forward": "c++", "backward": "c++"}
+
+
+def test_doctor_finds_a_wrong_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import argparse
+
+    from mmkernels import doctor
+    from mmkernels.ops.patch_embed import cases
+
+    right = cases.run
+    monkeypatch.setattr(doctor, "OPS", ("patch_embed",))
+    assert doctor.main(argparse.Namespace()) == 0
+    monkeypatch.setattr(cases, "run", lambda inputs: right(inputs) * 1.01)
+    assert doctor.main(argparse.Namespace()) == 1
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="got 'fast'"), backends.backend("fast"):
+        pass
+
+
+def test_the_library_writes_no_build_path() -> None:
+    assert str(ROOT).encode() not in backends.NATIVE_PATH.read_bytes()
+
+
+def test_autocast_does_not_touch_fp64() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        out = mmkernels.patch_embed(
+            torch.zeros(1, 3, 8, 8).double(), torch.zeros(4, 3, 4, 4).double()
+        )
+    assert out.dtype == torch.float64

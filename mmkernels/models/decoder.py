@@ -100,7 +100,7 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         K = config.hidden_size // config.num_attention_heads
         self.inv_freq: torch.Tensor
         inv_freq = config.rope_theta ** -(torch.arange(0, K, 2) / K)
@@ -133,8 +133,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self,
@@ -149,6 +149,19 @@ class DecoderLayer(nn.Module):
             self.post_attention_layernorm(hidden_states)
         )
         return output
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) · weight`` in x's dtype, also under autocast, where torch's own leaves its fused path."""
+
+    def __init__(self, E: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(E))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
 
 
 class Attention(nn.Module):

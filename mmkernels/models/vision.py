@@ -80,7 +80,8 @@ class Block(nn.Module):
         # Written out: the bias needs a gradient, which sends SDPA to this path on CPU anyway.
         scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
         scores = scores + self._pair_bias().to(scores.dtype)
-        return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        mixed: torch.Tensor = scores.softmax(-1) @ value
+        return mixed.transpose(1, 2).flatten(2)
 
     def _pair_bias(self) -> torch.Tensor:
         """``offset_bias`` for every pair of patches ``[A, 1+N, 1+N]``; none for the class token."""

@@ -10,7 +10,7 @@ Dimensions: N pictures, S digit slots, n patches, L tokens.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from mmkernels.train.trainer import fast_bf16, fit
 
 STEPS = {"vision": 800, "language": 500, "pt": 400, "it": 400}
 IGNORE = -100
+Row = tuple[list[int], list[int]]  # tokens given, tokens to be said
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def train_vision(model: MMLLM, scans: digits.Scans, steps: int, batch: int = 32)
     return fit("vision", loss_at, (model.vision, head), steps=steps, lr=1.5e-3)
 
 
-def train_language(model: MMLLM, steps: int, batch: int = 64) -> list[float]:
+def train_language(model: MMLLM, steps: int, batch: int = 32) -> list[float]:
     """The decoder reads a caption, then a question, and answers it: no picture anywhere."""
     learn_only(model, model.language_model)
     rng = random.Random(2)
@@ -82,7 +83,7 @@ def encode_pool(model: MMLLM, scans: digits.Scans, size: int, seed: int = 3) -> 
     return Pool(torch.cat(embeds), scenes)
 
 
-def train_pt(model: MMLLM, pool: Pool, steps: int, batch: int = 64) -> list[float]:
+def train_pt(model: MMLLM, pool: Pool, steps: int, batch: int = 48) -> list[float]:
     """The projector learns to make the frozen decoder say the caption."""
     learn_only(model, model.projector)
     rng = random.Random(4)
@@ -90,13 +91,11 @@ def train_pt(model: MMLLM, pool: Pool, steps: int, batch: int = 64) -> list[floa
     def sample(scene: questions.Scene) -> tuple[str, str]:
         return rng.choice(questions.CAPTION_PROMPTS), questions.caption(scene)
 
-    def loss_at(step: int) -> torch.Tensor:
-        return _picture_loss(model, pool, rng, batch, sample)
-
+    loss_at = _picture_loss(model, pool, rng, batch, sample)
     return fit("pt", loss_at, (model.projector,), steps=steps, lr=2e-3)
 
 
-def train_it(model: MMLLM, pool: Pool, steps: int, batch: int = 64) -> list[float]:
+def train_it(model: MMLLM, pool: Pool, steps: int, batch: int = 48) -> list[float]:
     """Projector and decoder learn to answer questions about pictures."""
     learn_only(model, model.projector, model.language_model)
     rng = random.Random(5)
@@ -105,24 +104,28 @@ def train_it(model: MMLLM, pool: Pool, steps: int, batch: int = 64) -> list[floa
         question = questions.ask(scene, rng)
         return question.text, question.answer
 
-    def loss_at(step: int) -> torch.Tensor:
-        return _picture_loss(model, pool, rng, batch, sample)
-
+    loss_at = _picture_loss(model, pool, rng, batch, sample)
     return fit("it", loss_at, (model.projector, model.language_model), steps=steps, lr=1e-3)
 
 
-def _picture_loss(model, pool, rng, batch, sample):
-    chosen = [rng.randrange(len(pool.scenes)) for _ in range(batch)]
-    features = model.project(pool.image_embeds[chosen].float())
-    rows = []
-    for i in chosen:
-        prompt, answer = sample(pool.scenes[i])
-        ids = encode_prompt(prompt, features.shape[1])
-        rows.append((ids, [*encode(answer), EOS]))
-    return answer_loss(model, rows, features)
+def _picture_loss(
+    model: MMLLM,
+    pool: Pool,
+    rng: random.Random,
+    batch: int,
+    sample: Callable[[questions.Scene], tuple[str, str]],
+) -> Callable[[int], torch.Tensor]:
+    def loss_at(step: int) -> torch.Tensor:
+        chosen = [rng.randrange(len(pool.scenes)) for _ in range(batch)]
+        image_features = model.project(pool.image_embeds[chosen].float())
+        rows: list[Row] = []
+        for i in chosen:
+            prompt, answer = sample(pool.scenes[i])
+            given = encode_prompt(prompt, image_features.shape[1])
+            rows.append((given, [*encode(answer), EOS]))
+        return answer_loss(model, rows, image_features)
 
-
-Row = tuple[list[int], list[int]]  # what is given, what is to be said
+    return loss_at
 
 
 def _text_sample(rng: random.Random) -> Row:

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: safetensors and a JSON manifest with SHA-256, complete or not there at all.
+
+``DIR/model-<hash>.safetensors`` is named by its content; ``DIR/manifest.json`` is replaced last and in one
+step, so at every moment the directory holds the old checkpoint or the new one.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from mmkernels.models import MMLLM, MMConfig
+
+MANIFEST = "manifest.json"
+_LISTED = 3  # names shown in an error
+
+
+class CheckpointError(Exception):
+    """One line that names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model and the training stages it has been through."""
+
+    model: MMLLM
+    stages: tuple[str, ...]
+
+
+def save(directory: Path, model: MMLLM, stages: tuple[str, ...]) -> None:
+    """Writes the checkpoint; an interrupted call leaves what was there before."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    weights = save_tensors(tensors)
+    digest = hashlib.sha256(weights).hexdigest()
+    name = f"model-{digest[:12]}.safetensors"
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "stages": list(stages),
+        "config": json.loads(model.config.to_json()),
+        "files": {name: {"sha256": digest, "bytes": len(weights)}},
+    }
+    manifest["sha256"] = _seal(manifest)
+    write_file(directory / name, weights)
+    write_file(directory / MANIFEST, json.dumps(manifest, indent=2).encode())
+    for old in directory.glob("model-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Temporary name, fsync, rename, fsync of the directory: whole or absent."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(directory: Path) -> Checkpoint:
+    """Reads and verifies everything before a model exists.
+
+    Raises:
+        CheckpointError: Missing, truncated or altered file; missing, extra or wrong-shape tensors.
+    """
+    manifest = _read_manifest(directory / MANIFEST)
+    ((name, facts),) = manifest["files"].items()
+    path = directory / name
+    weights = _read(path)
+    if len(weights) != facts["bytes"]:
+        raise CheckpointError(
+            f"{path}: truncated or padded: {len(weights)} bytes, expected {facts['bytes']}"
+        )
+    if hashlib.sha256(weights).hexdigest() != facts["sha256"]:
+        raise CheckpointError(f"{path}: altered: its SHA-256 is not the manifest's")
+    try:
+        tensors = load_tensors(weights)
+        config = MMConfig.from_json(json.dumps(manifest["config"]))
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
+    model = MMLLM(config)
+    check_tensors(path, tensors, model.state_dict())
+    model.load_state_dict(tensors)
+    return Checkpoint(model, tuple(manifest["stages"]))
+
+
+def check_tensors(
+    path: Path, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
+    """Names, shapes and dtypes agree, or CheckpointError says which do not."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"missing {_some(missing)}"] * bool(missing) + [f"extra {_some(extra)}"] * bool(
+            extra
+        )
+        raise CheckpointError(f"{path}: wrong tensors: {', '.join(parts)}")
+    for name, tensor in expected.items():
+        got = found[name]
+        if got.shape != tensor.shape or got.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{path}: {name} must be {list(tensor.shape)} {tensor.dtype}, "
+                f"got {list(got.shape)} {got.dtype}"
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    content = _read(path)
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+        seal = manifest.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{path}: not a checkpoint manifest, or truncated") from None
+    if seal != _seal(manifest):
+        raise CheckpointError(f"{path}: altered: its SHA-256 does not match its content")
+    if manifest.get("format") != 1:
+        raise CheckpointError(f"{path}: format must be 1, got {manifest.get('format')!r}")
+    return manifest
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -33,7 +33,7 @@ class VisionEncoder(nn.Module):
         with torch.no_grad():
             self.patch_embed.weight.copy_(_smooth_filters(D, config.patch_size))
         self.class_token = nn.Parameter(0.02 * torch.randn(D))
-        self.position_embed = nn.Parameter(torch.cat((torch.zeros(1, D), _sincos(side, D))))
+        self.position_embed = nn.Parameter(0.3 * patch_positions(side, D))
         self.layers = nn.ModuleList(
             Block(D, config.num_heads, config.intermediate_size, side)
             for _ in range(config.num_layers)
@@ -100,13 +100,17 @@ def _neighbour_bias(num_heads: int, side: int, sharpness: float = 1.5) -> torch.
     return -sharpness * far.clamp(max=6).float()
 
 
-def _sincos(side: int, D: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine rows ``[side², D]`` to start from, half for y and half for x."""
+def sincos(y: torch.Tensor, x: torch.Tensor, D: int) -> torch.Tensor:
+    """2-D sine-cosine rows ``[n, D]`` for places in patch units, half for y and half for x."""
     frequency = 1.0 / 100 ** (torch.arange(D // 4) / (D // 4))
-    phase = torch.arange(side)[:, None] * frequency
-    axis = torch.cat((phase.sin(), phase.cos()), dim=1)  # [side, D/2]
-    y, x = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
-    return 0.3 * torch.cat((y, x), dim=-1).flatten(0, 1)
+    phases = (axis[:, None] * frequency for axis in (y, x))
+    return torch.cat([wave for phase in phases for wave in (phase.sin(), phase.cos())], dim=1)
+
+
+def patch_positions(side: int, D: int) -> torch.Tensor:
+    """``sincos`` of every patch in raster order after a zero row for the class token, ``[1+side², D]``."""
+    at = torch.arange(side)
+    return torch.cat((torch.zeros(1, D), sincos(at.repeat_interleave(side), at.repeat(side), D)))
 
 
 def _smooth_filters(D: int, P: int, frequencies: int = 6) -> torch.Tensor:

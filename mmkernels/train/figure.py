@@ -22,7 +22,7 @@ def draw_figure(exam: Exam, score: Score, losses: dict[str, list[float]]) -> byt
         axes.imshow(exam.pixel_values[i].permute(1, 2, 0).numpy())
         axes.set_axis_off()
         question, right = exam.questions[i], score.right[i]
-        verdict = "✓" if right else f"✗ (is {question.answer})"
+        verdict = "(right)" if right else f"(wrong: is {question.answer})"
         title = f"{question.text}\n{score.answers[i]} {verdict}"
         axes.set_title(title, fontsize=9, color="darkgreen" if right else "crimson")
     for i, (stage, values) in enumerate(losses.items()):

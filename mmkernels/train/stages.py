@@ -91,7 +91,7 @@ def train_pt(model: MMLLM, pool: Pool, steps: int, batch: int = 48) -> list[floa
     def sample(scene: questions.Scene) -> tuple[str, str]:
         return rng.choice(questions.CAPTION_PROMPTS), questions.caption(scene)
 
-    loss_at = _picture_loss(model, pool, rng, batch, sample)
+    loss_at = picture_loss(model, pool, rng, batch, sample)
     return fit("pt", loss_at, (model.projector,), steps=steps, lr=2e-3)
 
 
@@ -104,17 +104,19 @@ def train_it(model: MMLLM, pool: Pool, steps: int, batch: int = 48) -> list[floa
         question = questions.ask(scene, rng)
         return question.text, question.answer
 
-    loss_at = _picture_loss(model, pool, rng, batch, sample)
+    loss_at = picture_loss(model, pool, rng, batch, sample)
     return fit("it", loss_at, (model.projector, model.language_model), steps=steps, lr=1e-3)
 
 
-def _picture_loss(
+def picture_loss(
     model: MMLLM,
     pool: Pool,
     rng: random.Random,
     batch: int,
     sample: Callable[[questions.Scene], tuple[str, str]],
 ) -> Callable[[int], torch.Tensor]:
+    """The loss of random pictures of the pool, with the prompt and answer ``sample`` gives for each."""
+
     def loss_at(step: int) -> torch.Tensor:
         chosen = [rng.randrange(len(pool.scenes)) for _ in range(batch)]
         image_features = model.project(pool.image_embeds[chosen].float())

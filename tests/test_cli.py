@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: a miniature demo end to end, and one clear line for every wrong input."""
+
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mmkernels import cli
+from mmkernels.models import MMLLM, DecoderConfig, MMConfig, ProjectorConfig, VisionConfig
+from mmkernels.train import checkpoint, pipeline
+
+TINY = MMConfig(
+    VisionConfig(hidden_size=32, num_layers=1, intermediate_size=32),
+    ProjectorConfig(num_query_tokens=3, hidden_size=32, num_layers=1, intermediate_size=32),
+    DecoderConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1),
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    checkpoint.save(directory, MMLLM(TINY), ("vision", "language", "pt"))
+    return directory
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (50, 70), (9, 99, 200)).save(path)
+    return path
+
+
+def _generate(trained: Path, image: Path, prompt: str = "which digits?") -> int:
+    return cli.main(
+        ["generate", "--image", str(image), "--prompt", prompt, "--checkpoint", str(trained)]
+    )
+
+
+def _one_line(capsys: pytest.CaptureFixture[str], *words: str) -> None:
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, err
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "I;16"])
+def test_generate_takes_any_png(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    Image.new(mode, (300, 20)).save(tmp_path / "x.png")
+    assert _generate(trained, tmp_path / "x.png") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_generate_takes_jpeg_and_unicode(trained: Path, picture: Path) -> None:
+    jpeg = picture.with_suffix(".jpg")
+    Image.open(picture).save(jpeg)
+    assert _generate(trained, jpeg, "Zürich 図 <image> 🙂?") == 0
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, 60, -30])
+def test_truncated_png(
+    trained: Path, picture: Path, capsys: pytest.CaptureFixture[str], keep: int
+) -> None:
+    picture.write_bytes(picture.read_bytes()[:keep])
+    assert _generate(trained, picture) == 2
+    _one_line(capsys, "--image", str(picture))
+
+
+def test_flipped_bytes_in_a_png_never_end_in_a_traceback(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.png"
+    Image.effect_noise((16, 16), 90).convert("RGB").save(path)
+    content = path.read_bytes()
+    failed = 0
+    for at in range(0, len(content), 17):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
+        try:
+            cli.read_image(path, 112)
+        except cli.InputError as error:
+            failed += 1
+            assert str(path) in str(error)
+    assert failed > 5
+
+
+def _bomb(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [8001, 30000, 2**31 - 1])
+def test_decompression_bomb_is_refused_before_decoding(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, side: int,
+) -> None:  # fmt: skip
+    def no_decoding(*args: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", no_decoding)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(_bomb(side, side))
+    assert _generate(trained, path) == 2
+    _one_line(capsys, "--image", str(path), "pixels")
+
+
+def test_wrong_files_and_prompts(
+    trained: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "notes.png"
+    text.write_text("not a picture")
+    for code, words in (
+        (_generate(trained, tmp_path / "none.png"), ("--image", "none.png", "No such file")),
+        (_generate(trained, tmp_path), ("--image", str(tmp_path), "directory")),
+        (_generate(trained, text), ("--image", "notes.png", "not a PNG or JPEG")),
+        (_generate(trained, picture, " "), ("--prompt", "empty")),
+        (_generate(trained, picture, "<image> and <image>"), ("--prompt", "expected", "3", "6")),
+        (_generate(trained, picture, "long " * 90), ("--prompt", "256")),
+        (_generate(tmp_path / "nowhere", picture), ("--checkpoint", "nowhere", "No such file")),
+    ):
+        assert code == 2, words
+    # one line a call
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and len(lines) == 7
+    expected = ["none.png: No such file", str(tmp_path), "not a PNG or JPEG", "empty", "sample 0",
+                "256", "nowhere"]  # fmt: skip
+    for line, word in zip(lines, expected, strict=True):
+        assert line.startswith("mmkernels generate: --") and word in line
+
+
+def test_broken_checkpoint(
+    trained: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (weights,) = trained.glob("model-*")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / weights.name).write_bytes(weights.read_bytes()[:-5])
+    (copy / "manifest.json").write_bytes((trained / "manifest.json").read_bytes())
+    assert _generate(copy, picture) == 2
+    _one_line(capsys, "--checkpoint", weights.name, "truncated")
+
+
+def test_train_it_needs_a_pt_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new"
+    assert cli.main(["train", "--stage", "it", "--out", str(out)]) == 2
+    _one_line(capsys, "--out", str(out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "many"])
+def test_steps_scale_must_be_positive(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--stage", "all", "--out", "x", f"--steps-scale={value}"])
+    assert caught.value.code == 2
+    assert "--steps-scale" in capsys.readouterr().err
+
+
+def test_demo_in_miniature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "start", lambda: pipeline.Run(MMLLM(TINY)))
+    monkeypatch.setattr(cli, "EXAM_SIZE", 30)
+    assert cli.main(["demo", "--out", str(tmp_path), "--steps-scale", "0.002"]) == 0
+    out = capsys.readouterr().out
+    for word in ("kernels", "reference", "text only", "shuffled", "identical", "all 30 questions"):
+        assert word in out
+    assert Image.open(tmp_path / "demo.png").size[0] > 800
+    assert Image.open(tmp_path / "sample_0.png").size == (112, 112)
+    assert _generate(tmp_path, tmp_path / "sample_0.png") == 0
+
+
+def test_python_m_mmkernels_without_arguments_shows_the_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mmkernels"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "demo" in done.stderr and "Traceback" not in done.stderr

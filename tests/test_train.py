@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data, stages and checkpoints: answers are right, only what should learn learns, no broken file loads."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmkernels.models import MMLLM, DecoderConfig, MMConfig, ProjectorConfig, VisionConfig
+from mmkernels.train import checkpoint, digits, evaluate, pipeline, questions, stages
+from mmkernels.train.checkpoint import CheckpointError
+from mmkernels.train.questions import Scene
+
+TINY = MMConfig(
+    VisionConfig(hidden_size=64, num_layers=1, intermediate_size=96),
+    ProjectorConfig(num_query_tokens=4, hidden_size=64, num_layers=1, intermediate_size=96),
+    DecoderConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2),
+)
+
+
+@pytest.fixture(scope="module")
+def scans() -> digits.Scans:
+    return digits.load_scans("train")
+
+
+@pytest.fixture
+def model() -> MMLLM:
+    torch.manual_seed(0)
+    return MMLLM(TINY)
+
+
+def test_splits_share_no_scan(scans: digits.Scans) -> None:
+    heldout = digits.load_scans("heldout")
+    assert (len(scans.labels), len(heldout.labels)) == (1437, 360)
+    rows = {image.numpy().tobytes() for image in scans.images}
+    assert not any(image.numpy().tobytes() in rows for image in heldout.images)
+
+
+def test_pictures_are_repeatable_and_tell_the_truth(scans: digits.Scans) -> None:
+    a, b = (digits.draw(scans, 64, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(a.pixel_values, b.pixel_values) and a.pixel_values.dtype == torch.uint8
+    assert a.pixel_values.shape == (64, 3, 112, 112)
+    there = a.digits != digits.BACKGROUND
+    assert set(there.sum(1).tolist()) == {1, 2, 3}
+    x = torch.where(there, a.centres[..., 0], torch.inf)
+    assert (x[:, 1:] - x[:, :-1])[there[:, 1:]].min() >= digits.GAP_PX
+    half = a.sizes[..., None] / 2
+    assert ((a.centres - half)[there] >= 0).all() and ((a.centres + half)[there] <= 112).all()
+    labels = digits.patch_labels(a, 14).view(64, 8, 8)
+    for n, slot in there.nonzero().tolist():
+        column, row = (a.centres[n, slot] // 14).long().tolist()
+        nearby = labels[n, max(0, row - 1) : row + 2, max(0, column - 1) : column + 2]
+        assert (nearby == a.digits[n, slot]).any()
+
+
+def test_ink_is_where_the_digit_is(scans: digits.Scans) -> None:
+    pictures = digits.draw(scans, 64, torch.Generator().manual_seed(2))
+    for n in (pictures.digits[:, 1] == digits.BACKGROUND).nonzero()[:, 0].tolist():
+        image = pictures.pixel_values[n].float().mean(0)
+        x, y = pictures.centres[n, 0].long().tolist()
+        inside = image[max(0, y - 18) : y + 18, max(0, x - 18) : x + 18]
+        assert (inside - image.median()).abs().max() > 60
+
+
+@pytest.mark.parametrize(
+    ("shown", "sizes", "text"),
+    [
+        ([3], [30.0], "the digit is 3"),
+        ([3, 7], [30.0, 40.0], "the digits are 3 7, 7 is largest"),
+        ([3, 7, 0], [40.0, 39.0, 30.0], "the digits are 3 7 0"),
+    ],
+)
+def test_captions(shown: list[int], sizes: list[float], text: str) -> None:
+    assert questions.caption(questions._scene(shown, sizes)) == text
+
+
+def test_every_answer_is_right() -> None:
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(4000):
+        scene = questions.random_scene(rng)
+        q = questions.ask(scene, rng)
+        seen.add(q.kind)
+        assert q.answer == _work_out(q, scene), (q, scene)
+    assert seen == set(questions.KINDS)
+
+
+def _work_out(question: questions.Question, scene: Scene) -> str:
+    """The answer from the wording alone."""
+    text, shown = question.text, scene.digits
+    side = shown[0] if "left" in text or "first" in text else shown[-1]
+    number = [w for w in text.replace("?", "").split() if w.isdigit()]
+    if "odd" in text:
+        return "even" if side in (0, 2, 4, 6, 8) else "odd"
+    if "five" in text or "above 5" in text:
+        return "yes" if side in (6, 7, 8, 9) else "no"
+    if number:
+        return "yes" if int(number[0]) in shown else "no"
+    if "sum" in text or "add" in text:
+        return str(sum(shown))
+    if "how many" in text or "count" in text or "number of" in text:
+        return str(len(shown))
+    if "larg" in text or "big" in text:
+        return str(scene.largest)
+    if "from left to right" in text or "shown" in text or "written" in text:
+        return " ".join(str(d) for d in shown)
+    return str(side)
+
+
+@pytest.mark.parametrize(
+    ("stage", "learning"),
+    [
+        ("vision", {"vision"}),
+        ("language", {"language_model"}),
+        ("pt", {"projector"}),
+        ("it", {"projector", "language_model"}),
+    ],
+)
+def test_each_stage_changes_only_its_parts(
+    stage: str, learning: set[str], model: MMLLM, scans: digits.Scans
+) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if stage == "vision":
+        stages.train_vision(model, scans, 2, batch=2)
+    elif stage == "language":
+        stages.train_language(model, 2, batch=2)
+    else:
+        pool = stages.encode_pool(model, scans, 4)
+        {"pt": stages.train_pt, "it": stages.train_it}[stage](model, pool, 2, batch=2)
+    changed = {
+        n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])
+    }
+    assert changed == learning
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None} == learning
+
+
+def test_only_the_answer_is_scored(model: MMLLM) -> None:
+    features = model.project(torch.randn(1, 65, 64))
+    given, said = [257, 259, 259, 259, 259, 65, 66], [67, 258]
+    loss = stages.answer_loss(model, [(given, said)], features)
+    logits = model(torch.tensor([[*given, *said]]), features)[0]
+    expected = -(logits[6].log_softmax(-1)[67] + logits[7].log_softmax(-1)[258]) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_memorises_a_tiny_set_and_needs_the_picture(model: MMLLM, scans: digits.Scans) -> None:
+    pictures = digits.draw(scans, 6, torch.Generator().manual_seed(3))
+    rng = random.Random(0)
+    asked = ["which digits are shown?"] * 6
+    truth = [" ".join(map(str, s.digits)) for s in questions.scenes(pictures)]
+    assert len(set(truth)) == 6
+    pool = stages.Pool(model.encode(pictures.pixel_values).detach(), questions.scenes(pictures))
+    stages.learn_only(model, model.projector, model.language_model)
+    loss_at = stages.picture_loss(
+        model, pool, rng, 12, lambda s: (asked[0], " ".join(map(str, s.digits)))
+    )
+    losses = stages.fit(
+        "tiny", loss_at, (model.projector, model.language_model), steps=150, lr=3e-3
+    )
+    assert losses[-1] < 0.05 < 1 < losses[0]
+    assert evaluate.answer(model, pictures.pixel_values, asked) == truth
+    blind = evaluate.answer(model, pictures.pixel_values, asked, blind=True)
+    assert len(set(blind)) == 1  # the text is the same for all
+
+
+def test_pipeline_saves_after_each_stage_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "start", lambda: pipeline.Run(MMLLM(TINY)))
+    run = pipeline.start()
+    pipeline.train(run, ("language",), tmp_path, scale=0.001)
+    assert checkpoint.load(tmp_path).stages == ("language",)
+    with pytest.raises(CheckpointError, match="stage it needs a checkpoint with stage pt"):
+        pipeline.resume(tmp_path, "it")
+    pipeline.train(run, ("pt",), tmp_path, scale=0.001)
+    again = pipeline.resume(tmp_path, "it")
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def saved(tmp_path: Path, model: MMLLM) -> Path:
+    checkpoint.save(tmp_path, model, ("vision",))
+    return tmp_path
+
+
+def _weights(directory: Path) -> Path:
+    (path,) = directory.glob("model-*.safetensors")
+    return path
+
+
+def test_round_trip(saved: Path, model: MMLLM) -> None:
+    loaded = checkpoint.load(saved)
+    assert loaded.stages == ("vision",) and loaded.model.config == TINY
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.model.state_dict()[name])
+    assert sorted(p.name for p in saved.iterdir()) == ["manifest.json", _weights(saved).name]
+
+
+@pytest.mark.parametrize("which", ["weights", "manifest"])
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_truncation_is_found(saved: Path, which: str, keep: int) -> None:
+    path = _weights(saved) if which == "weights" else saved / "manifest.json"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=f"{path.name}.*truncated"):
+        checkpoint.load(saved)
+
+
+@pytest.mark.parametrize("which", ["weights", "manifest"])
+def test_every_flipped_bit_is_found(saved: Path, which: str) -> None:
+    path = _weights(saved) if which == "weights" else saved / "manifest.json"
+    content = path.read_bytes()
+    rng = random.Random(0)
+    for at in [0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(60))]:
+        changed = bytearray(content)
+        changed[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        if which == "manifest" and _same_json(changed, content):
+            continue
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.load(saved)
+        assert path.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def _same_json(a: bytes, b: bytes) -> bool:
+    try:
+        return bool(json.loads(a) == json.loads(b))  # white space
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("gone", ["weights", "manifest", "directory"])
+def test_missing_files_are_named(saved: Path, gone: str) -> None:
+    if gone == "directory":
+        saved = saved / "nowhere"
+    else:
+        (_weights(saved) if gone == "weights" else saved / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="No such file"):
+        checkpoint.load(saved)
+
+
+def _resealed(saved: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A consistent checkpoint with other tensors, as another version of the model would write."""
+    model = MMLLM(TINY)
+    model.state_dict = lambda: tensors  # type: ignore[method-assign, assignment, misc]
+    checkpoint.save(saved, model, ())
+
+
+def test_wrong_tensors_are_named(saved: Path) -> None:
+    tensors = load_file(_weights(saved))
+    name = "projector.language_projection.weight"
+    faults = {
+        f"missing {name}": {k: v for k, v in tensors.items() if k != name},
+        "extra vision.new": {**tensors, "vision.new": torch.zeros(1)},
+        rf"{name} must be \[64, 64\] torch.float32, got \[64, 63\]": {
+            **tensors, name: tensors[name][:, :63].contiguous()
+        },
+        f"{name} must be .* got .* torch.float16": {**tensors, name: tensors[name].half()},
+    }  # fmt: skip
+    for problem, wrong in faults.items():
+        _resealed(saved, wrong)
+        with pytest.raises(CheckpointError, match=problem):
+            checkpoint.load(saved)
+
+
+def test_not_safetensors_is_named(saved: Path) -> None:
+    path = saved / "x"
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="missing"):
+        checkpoint.check_tensors(path, load_file(path), MMLLM(TINY).state_dict())
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_interrupted_save_leaves_the_old_checkpoint(
+    saved: Path, model: MMLLM, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    old = {name: t.clone() for name, t in model.state_dict().items()}
+    with torch.no_grad():
+        model.projector.language_projection.bias.add_(1)
+    calls, real = [], os.replace
+
+    def replace(source: str, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == fails_at:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(saved, model, ("vision", "pt"))
+    loaded = checkpoint.load(saved)
+    assert loaded.stages == ("vision",)
+    for name, tensor in old.items():
+        assert torch.equal(tensor, loaded.model.state_dict()[name])
+    assert not [p for p in saved.iterdir() if p.name.startswith(".")]  # no temporary file stays
+    monkeypatch.undo()
+    checkpoint.save(saved, model, ("vision", "pt"))
+    assert checkpoint.load(saved).stages == ("vision", "pt")
+    assert len(list(saved.glob("model-*"))) == 1

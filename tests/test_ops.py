@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from mmkernels import OPS, backends
 from mmkernels.testing import Case, captured_calls, gradients, which_kernel_ran, yardstick

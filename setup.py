@@ -121,7 +121,9 @@ def _reason(error: Exception) -> str:
         lines = [line for line in (error.stderr or "").splitlines() if line.strip()]
         marked = [line for line in lines if "error" in line.lower()] or lines
         return f"{error.cmd[0]} failed: {' '.join(marked[:2])[:400]}"
-    return f"{type(error).__name__}: {error}"
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} was not found on PATH"
+    return str(error)
 
 
 def _cached(cache: str, key: str) -> str:

@@ -3,8 +3,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import mmkernels
@@ -94,6 +96,26 @@ def test_doctor_finds_a_wrong_kernel(
     monkeypatch.setattr(cases, "run", lambda inputs: right(inputs) * 1.01)
     assert doctor.main(argparse.Namespace()) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+def test_without_a_compiler_the_wheel_is_pure_python_and_knows_why(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignore = shutil.ignore_patterns("_C.so", "_build_info.json", "__pycache__")
+    shutil.copytree(ROOT / "mmkernels", tmp_path / "mmkernels", ignore=ignore)
+    build = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "wheels"]
+    environment = {"PATH": "/nowhere", "HOME": str(tmp_path)}
+    done = subprocess.run(build, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "mmkernels/_C.so" not in archive.namelist()
+        info = json.loads(archive.read("mmkernels/_build_info.json"))
+    assert info["error"] == "cmake was not found on PATH"
+    environment["MMKERNELS_BUILD"] = "cpu"
+    done = subprocess.run(build, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "cmake" in done.stderr
 
 
 def test_unknown_backend() -> None:

@@ -46,7 +46,7 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         target.mkdir(parents=True, exist_ok=True)
-        ext.failed = False  # type: ignore[attr-defined]
+        ext.failed = False
         info: dict[str, Any] = {"mode": MODE, "machine": platform.platform()}
         try:
             if MODE == "none":
@@ -55,14 +55,14 @@ class Build(build_ext):
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if MODE not in ("auto", "none"):
                 raise
-            ext.failed = True  # type: ignore[attr-defined]
+            ext.failed = True
             info["error"] = _reason(error)
             self.warn(f"mmkernels is installed without its kernels: {info['error']}")
         places = {target, ROOT / "mmkernels"} if self._in_source() else {target}
         for place in places:
             (place / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
         stale = ROOT / "mmkernels" / "_C.so"
-        if ext.failed and self._in_source() and stale.exists():  # type: ignore[attr-defined]
+        if ext.failed and self._in_source() and stale.exists():
             stale.unlink()
 
     def _cmake(self, target: Path) -> dict[str, Any]:
@@ -80,7 +80,10 @@ class Build(build_ext):
             _run(command)
         cache = (build / "CMakeCache.txt").read_text()
         return {
-            "torch_headers": (torch / "version.py").read_text().split("__version__ = '")[1].split("'")[0],
+            "torch_headers": (torch / "version.py")
+            .read_text()
+            .split("__version__ = '")[1]
+            .split("'")[0],
             "stable_abi_target": "2.10",
             "cxx": _cached(cache, "CMAKE_CXX_COMPILER"),
             "nvcc": _cached(cache, "CMAKE_CUDA_COMPILER"),

@@ -9,9 +9,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-import mmkernels
 import pytest
 import torch
+
+import mmkernels
 from mmkernels import backends
 
 ROOT = Path(__file__).parents[1]

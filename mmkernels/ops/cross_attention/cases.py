@@ -138,7 +138,7 @@ def library(inputs: Inputs) -> torch.Tensor:
     A, query, context = inputs["num_heads"], inputs["query"], inputs["context"]
     weight = torch.cat([inputs["key_weight"], inputs["value_weight"]])
     bias = torch.cat([inputs["key_bias"], inputs["value_bias"]]) if "key_bias" in inputs else None
-    both = F.linear(context, weight, bias).unflatten(-1, (2, A, -1))  # type: ignore[no-untyped-call]
+    both = F.linear(context, weight, bias).unflatten(-1, (2, A, -1))
     key, value = both.permute(2, 0, 3, 1, 4)
     q = query.expand(context.shape[0], *query.shape[-2:])
     q = q.view(*q.shape[:2], A, -1).transpose(1, 2)

@@ -160,7 +160,7 @@ def _with_rows(inputs: Inputs, tokens: torch.Tensor) -> torch.Tensor:
 
 def magnitudes(wide: Inputs, power: int) -> Inputs:
     """|normalised pixel|^p and |weight|^p …; the scale of the pixels moves into image_std."""
-    found = {k: v.abs() ** power for k, v in wide.items() if isinstance(v, torch.Tensor)}
+    found: Inputs = {k: v.abs() ** power for k, v in wide.items() if isinstance(v, torch.Tensor)}
     C = wide["pixel_values"].shape[1]
     scale = torch.ones(C, 1, 1, dtype=torch.float64)
     if "image_mean" in wide:

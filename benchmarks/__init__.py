@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast, and shown to be: ``python -m benchmarks.run`` measures, ``python -m benchmarks.report`` prints."""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler would print between the rows

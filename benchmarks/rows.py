@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of the table: ops × cases × dtypes × directions × devices, checked first, then timed."""
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+
+from benchmarks import timing
+from benchmarks.record import Row
+from mmkernels import OPS
+from mmkernels.testing import (
+    Case,
+    Comparison,
+    Inputs,
+    gradients,
+    in_fp64,
+    which_kernel_ran,
+    yardstick,
+)
+from mmkernels.testing.case import leaves, map_tensors
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DIRECTIONS = ("fwd", "fwdbwd")
+FROZEN = {("cross_attention", "blip2_layer"): "context"}  # stage 1 of BLIP-2: the encoder is frozen
+QUICK = (  # case and direction: an op each in both, and the widest gap
+    ("vit_b16_224", "fwd"),
+    ("vit_b16_224", "fwdbwd"),
+    ("siglip_map_head", "fwd"),
+    ("blip2_layer", "fwdbwd"),
+    ("qwen2vl_2b", "fwd"),
+    ("qwen2vl_2b", "fwdbwd"),
+)
+CHECK_AT_MOST = {"B": 2, "L": 1024, "V": 2048}  # sizes the bound is checked on
+CHECK_QUICKLY = {"B": 1, "L": 256, "V": 512, "n": 64}
+Step = Callable[[Inputs], tuple[torch.Tensor, ...]]
+Function = Callable[[Inputs], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to measure; ``frozen`` names the input that needs no gradient."""
+
+    op: str
+    case: Case
+    dtype: str
+    direction: str
+    device: str
+    frozen: str = ""
+
+    @property
+    def name(self) -> str:
+        case = f"{self.case.name} ({self.frozen} frozen)" if self.frozen else self.case.name
+        return f"{self.op} {case} {self.dtype} {self.direction} {self.device}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How carefully: rounds, fewer sizes under check, torch.compile as a baseline, cold L2 on GPUs."""
+
+    rounds: int = 9
+    quick_check: bool = False
+    compile: bool = True
+    cold: bool = True
+
+
+def cases_of(op: str) -> ModuleType:
+    return importlib.import_module(f"mmkernels.ops.{op}.cases")
+
+
+def devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def jobs() -> list[Job]:
+    """Every row."""
+    return [
+        Job(op, case, dtype, direction, device, frozen)
+        for device in devices()
+        for op in OPS
+        for case in cases_of(op).CASES
+        if "bench" in case.tags
+        for dtype in DTYPES
+        for direction, frozen in _directions(op, case)
+    ]
+
+
+def _directions(op: str, case: Case) -> list[tuple[str, str]]:
+    found = [(direction, "") for direction in DIRECTIONS]
+    frozen = FROZEN.get((op, case.name))
+    return [*found, ("fwdbwd", frozen)] if frozen else found
+
+
+def make_inputs(job: Job, case: Case) -> Inputs:
+    """The case's inputs, with the public default where the case pins an algorithm."""
+    inputs: Inputs = cases_of(job.op).make_inputs(case, DTYPES[job.dtype], job.device)
+    return {**inputs, "algorithm": "auto"} if "algorithm" in inputs else inputs
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Errors beside their bound and beside eager's; what set the bound; on which sizes."""
+
+    comparisons: list[Comparison]
+    eager_errors: dict[str, float]
+    bound: str
+    sizes: str
+
+    def worst(self, direction: str) -> Comparison:
+        """The tensor nearest to its bound; a forward row answers for the output only."""
+        found = [c for c in self.comparisons if c.name == "out" or direction == "fwdbwd"]
+        return max(found, key=lambda c: float("inf") if math.isnan(c.ratio) else c.ratio)
+
+
+def smaller(case: Case, inputs: Inputs, limits: dict[str, int]) -> Case:
+    """The case itself if it is small; else few samples, a short text, a small vocabulary."""
+    numbers = sum(t.numel() for t in leaves(inputs).values())
+    if numbers < 2**20:
+        return case
+    sizes = {k: min(v, limits[k]) if k in limits else v for k, v in case.sizes.items()}
+    return replace(case, sizes=sizes)
+
+
+def check(job: Job, options: Options) -> Checked:
+    """Output and gradients of the job's case against the reference in fp64."""
+    cases = cases_of(job.op)
+    limits = CHECK_QUICKLY if options.quick_check else CHECK_AT_MOST
+    case = smaller(job.case, make_inputs(job, job.case), limits)
+    inputs = make_inputs(job, case)
+    grad = yardstick.upstream(cases.run(inputs))
+    got = gradients(cases.run, inputs, grad=grad)
+    comparisons = yardstick.check(cases, inputs, got, grad)
+    reference = gradients(cases.plain, in_fp64(inputs), grad=grad.double())
+    theirs = gradients(cases.eager, inputs, grad=grad)
+    errors = {n: _largest_error(theirs[n], reference[n]) for n in got}
+    bound = "TOLERANCES.md"
+    if _algorithm(job, inputs) == "projected":  # torch's own path: it rounds K and V, as eager does
+        bound = "1.25× eager's error"
+        comparisons = [_against_eager(c, errors[c.name]) for c in comparisons]
+    changed = {k: v for k, v in case.sizes.items() if v != job.case.sizes[k]}
+    return Checked(comparisons, errors, bound, ", ".join(f"{k}={v}" for k, v in changed.items()))
+
+
+def _largest_error(got: torch.Tensor, reference: torch.Tensor) -> float:
+    return yardstick.largest((got.double() - reference).nan_to_num(0.0)).item()
+
+
+def _against_eager(comparison: Comparison, eager_error: float) -> Comparison:
+    if comparison.name != "out":
+        return comparison  # its bound is eager's already
+    ratio = comparison.error / (1.25 * eager_error) if eager_error else float(comparison.error > 0)
+    return Comparison(comparison.name, ratio, comparison.error)
+
+
+def _algorithm(job: Job, inputs: Inputs) -> str:
+    """What ``algorithm="auto"`` chose: the absorbed one is the only one that calls our op."""
+    if "algorithm" not in inputs:
+        return ""
+    with which_kernel_ran() as ran:
+        cases_of(job.op).run(inputs)
+    return "absorbed" if job.op in ran else "projected"
+
+
+def _kernel(step: Step, inputs: Inputs) -> str:
+    with which_kernel_ran() as ran:
+        step(inputs)
+    return "+".join(sorted(set(ran.values()))) or "torch"
+
+
+def step_of(run: Function, job: Job) -> Step:
+    """One forward, or one forward and backward, as a function of the inputs; returns what it made."""
+    if job.direction == "fwd":
+        return lambda inputs: (_without_grad(run, inputs),)
+    grads: list[torch.Tensor] = []
+
+    def step(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        out = run(inputs)
+        if not grads:
+            grads.append(yardstick.upstream(out))
+        wanted = [t for t in leaves(inputs).values() if t.requires_grad]
+        found = torch.autograd.grad(out, wanted, grads[0], allow_unused=True)
+        return (out.detach(), *(g for g in found if g is not None))
+
+    return step
+
+
+def _without_grad(run: Function, inputs: Inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return run(inputs)
+
+
+def trainable(inputs: Inputs, frozen: str) -> Inputs:
+    """Every float tensor a leaf that wants its gradient, but the frozen one."""
+    wanted = {id(t) for name, t in leaves(inputs).items() if name != frozen}
+    return map_tensors(inputs, lambda t: t.detach().requires_grad_(id(t) in wanted))
+
+
+def variants(job: Job, inputs: Inputs, algorithm: str, compiled: bool) -> dict[str, Step]:
+    """Ours and the baselines; for an op with algorithms, also the one ``auto`` did not choose."""
+    cases = cases_of(job.op)
+    functions: dict[str, Function] = {
+        "ours": cases.run,
+        "eager": cases.eager,
+        "library": cases.library,
+    }
+    if algorithm:
+        other = "projected" if algorithm == "absorbed" else "absorbed"
+        functions[other] = lambda inputs: cases.run({**inputs, "algorithm": other})
+    if compiled:
+        torch.compiler.reset()
+        mode = "max-autotune-no-cudagraphs" if job.device == "cuda" else "default"
+        functions["compile"] = torch.compile(cases.eager, dynamic=False, mode=mode)
+    if job.direction == "fwd" and hasattr(cases, "ceiling"):
+        prepared = dict(inputs)
+        cases.prepare_ceiling(prepared)
+        functions["ceiling"] = lambda _: cases.ceiling(prepared)
+    return {name: step_of(function, job) for name, function in functions.items()}
+
+
+def least_work(job: Job, inputs: Inputs) -> tuple[int, int]:
+    """Bytes and FLOPs of the case; the cheaper algorithm where there are two."""
+    moved, flops = cases_of(job.op).traffic(inputs)
+    if job.op == "cross_attention":
+        width, X = inputs["key_weight"].shape
+        B, n, _ = inputs["context"].shape
+        projected = 4 * B * n * width * X + 4 * B * inputs["query"].shape[-2] * n * width
+        flops = min(flops, projected)
+    return moved, flops
+
+
+def measure(job: Job, options: Options, known: dict[Job, Checked] | None = None) -> Row:
+    """Checks, then times. A row out of its bound, or one that raises, has no times.
+
+    ``known`` keeps what was checked: both directions of a case share it.
+    """
+    row = Row(job.op, job.case.name, job.dtype, job.direction, job.device, job.frozen)
+    known = {} if known is None else known
+    key = replace(job, direction="", frozen="")
+    try:
+        checked = known[key] = known[key] if key in known else check(job, options)
+    except Exception as error:  # whatever a kernel does, the other rows are still measured
+        row.failure = " ".join(f"{type(error).__name__}: {error}".split())
+        return row
+    worst = checked.worst(job.direction)
+    row.checked_on, row.bound = checked.sizes, checked.bound
+    if not worst.ratio <= 1:
+        row.failure = str(worst)
+        return row
+    row.worst, row.worst_ratio, row.error = worst.name, worst.ratio, worst.error
+    row.eager_error = checked.eager_errors[worst.name]
+    _time(job, options, row)
+    return row
+
+
+def _time(job: Job, options: Options, row: Row) -> None:
+    inputs = make_inputs(job, job.case)
+    if job.direction == "fwdbwd":
+        inputs = trainable(inputs, job.frozen)
+    row.algorithm = _algorithm(job, inputs)
+    steps = variants(job, inputs, row.algorithm, options.compile)
+    row.missing = _drop_broken(steps, inputs)
+    row.kernel = _kernel(steps["ours"], inputs)
+    for name in ("ours", "eager"):
+        call = functools.partial(steps[name], inputs)
+        row.extra_bytes[name] = timing.peak_extra_bytes(call, job.device)
+    copies = timing.cold_copies(inputs, _cache_bytes(job.device) if options.cold else 0)
+    calls = {name: timing.rotating(step, copies) for name, step in steps.items()}
+    limits = timing.ceilings(DTYPES[job.dtype], job.device)
+    times = timing.measure({**calls, **limits}, job.device, options.rounds)
+    _fill(row, job, inputs, times)
+
+
+def _drop_broken(steps: dict[str, Step], inputs: Inputs) -> dict[str, str]:
+    """Runs each baseline once; those that raise leave ``steps`` and are named in the row."""
+    broken: dict[str, str] = {}
+    for name in [n for n in steps if n != "ours"]:
+        try:
+            steps[name](inputs)
+        except Exception as error:  # a baseline's defect is not ours
+            broken[name] = type(error).__name__
+            del steps[name]
+    return broken
+
+
+def _cache_bytes(device: str) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device == "cuda" else 0
+
+
+def _fill(row: Row, job: Job, inputs: Inputs, times: dict[str, timing.Timing]) -> None:
+    ours = times["ours"]
+    row.machine = {
+        "copy_bytes_per_s": timing.copy_bytes_per_s(times["copy"], job.device),
+        "gemm_flops_per_s": timing.gemm_flops_per_s(times["gemm"], job.device),
+    }
+    kept = {name: t for name, t in times.items() if name not in ("copy", "gemm")}
+    row.times_s = {n: {"median": t.median, "p20": t.p20, "p80": t.p80} for n, t in kept.items()}
+    row.speedup = {
+        n: timing.ratio(t, ours) for n, t in kept.items() if n not in ("ours", "ceiling")
+    }
+    if job.direction != "fwd":
+        return
+    moved, flops = least_work(job, inputs)
+    row.bytes_per_s, row.flops_per_s = moved / ours.median, flops / ours.median
+    floors = {
+        "copy": moved / row.machine["copy_bytes_per_s"],
+        "gemm": flops / row.machine["gemm_flops_per_s"],
+    }
+    row.ceiling = max(floors, key=lambda name: floors[name])
+    row.fraction = floors[row.ceiling] / ours.median
+    if "ceiling" in times:
+        row.ceiling, row.fraction = "bare gemm", timing.ratio(times["ceiling"], ours)

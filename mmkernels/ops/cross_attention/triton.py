@@ -197,13 +197,13 @@ def _values_kernel(
 
 @triton.jit
 def _grad_scores_kernel(
-    q_BRX, dz_BRX, x_BnX, mask, lse_BAQ, delta_BR, p_BRn, ds_BRn,
+    q_BRX, dz_BRX, x_BnX, mask, lse_BAQ, p_BRn, dp_BRn,
     R, n, X, A, q_stride_b, x_stride_b, x_stride_n, x_stride_x,
     m_stride_b, m_stride_a, m_stride_q, m_stride_n,
     DTYPE: tl.constexpr, MASK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the probabilities, recomputed, and of the gradient of the scores."""
+    """One tile of the probabilities, recomputed, and of their gradient."""
     tiles_r, tiles_n = tl.cdiv(R, BLOCK_R), tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     b = (pid // (tiles_r * tiles_n)).to(tl.int64)
@@ -232,57 +232,36 @@ def _grad_scores_kernel(
     place = (b * A + r % A) * (R // A) + r // A
     lse = tl.load(lse_BAQ + place, mask=r < R, other=float("-inf"))
     p = tl.exp(s - tl.where(lse == float("-inf"), 0.0, lse)[:, None])
-    delta = tl.load(delta_BR + b * R + r, mask=r < R, other=0)
     place = ((b * R + r_64) * n)[:, None] + j[None, :]
     inside = (r < R)[:, None] & (j < n)[None, :]
     tl.store(p_BRn + place, p, mask=inside)
-    tl.store(ds_BRn + place, p * (dp - delta[:, None]), mask=inside)
+    tl.store(dp_BRn + place, dp, mask=inside)
 
 
 def _tile(size: int, largest: int) -> int:
     return min(largest, max(16, triton.next_power_of_2(size)))
 
 
+def _warps(rows: int, columns: int) -> int:
+    return 8 if rows * columns > 64 * 64 else 4
+
+
 def product_config(I: int, J: int, dtype: torch.dtype) -> dict[str, int]:  # noqa: E741
     """Tile of the batched product."""
     if dtype == torch.float32:
-        return {
-            "BLOCK_I": _tile(I, 64),
-            "BLOCK_J": _tile(J, 64),
-            "BLOCK_K": 16,
-            "num_warps": 8,
-            "num_stages": 2,
-        }
-    BLOCK_I, BLOCK_J = _tile(I, 128), _tile(J, 128)
-    warps = 8 if BLOCK_I * BLOCK_J > 64 * 64 else 4
-    return {
-        "BLOCK_I": BLOCK_I,
-        "BLOCK_J": BLOCK_J,
-        "BLOCK_K": 32,
-        "num_warps": warps,
-        "num_stages": 3,
-    }
+        tile = {"BLOCK_I": _tile(I, 64), "BLOCK_J": _tile(J, 64), "BLOCK_K": 16}
+        return {**tile, "num_warps": 8, "num_stages": 2}
+    tile = {"BLOCK_I": _tile(I, 128), "BLOCK_J": _tile(J, 128), "BLOCK_K": 32}
+    return {**tile, "num_warps": _warps(tile["BLOCK_I"], tile["BLOCK_J"]), "num_stages": 3}
 
 
 def scores_config(R: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile of the scores; its BLOCK_N is also the step of the values."""
     if dtype == torch.float32:
-        return {
-            "BLOCK_R": _tile(R, 64),
-            "BLOCK_N": _tile(n, 64),
-            "BLOCK_X": 16,
-            "num_warps": 8,
-            "num_stages": 2,
-        }
-    BLOCK_R, BLOCK_N = _tile(R, 128), _tile(n, 128)
-    warps = 8 if BLOCK_R * BLOCK_N > 64 * 64 else 4
-    return {
-        "BLOCK_R": BLOCK_R,
-        "BLOCK_N": BLOCK_N,
-        "BLOCK_X": 64,
-        "num_warps": warps,
-        "num_stages": 2,
-    }
+        tile = {"BLOCK_R": _tile(R, 64), "BLOCK_N": _tile(n, 32), "BLOCK_X": 16}
+        return {**tile, "num_warps": 8, "num_stages": 2}
+    tile = {"BLOCK_R": _tile(R, 128), "BLOCK_N": _tile(n, 128), "BLOCK_X": 32}
+    return {**tile, "num_warps": _warps(tile["BLOCK_R"], tile["BLOCK_N"]), "num_stages": 3}
 
 
 def values_config(R: int, n: int, dtype: torch.dtype) -> dict[str, int]:
@@ -290,7 +269,7 @@ def values_config(R: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     scores = scores_config(R, n, dtype)
     BLOCK_X = 64 if dtype == torch.float32 else 128
     warps = 8 if dtype == torch.float32 or scores["BLOCK_R"] == 128 else 4
-    return {**scores, "BLOCK_X": BLOCK_X, "num_warps": warps}
+    return {**scores, "BLOCK_X": BLOCK_X, "num_warps": warps, "num_stages": 2}
 
 
 def grad_scores_config(R: int, n: int, dtype: torch.dtype) -> dict[str, int]:
@@ -298,7 +277,7 @@ def grad_scores_config(R: int, n: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         return scores_config(R, n, dtype)
     BLOCK_R, BLOCK_N = _tile(R, 64), _tile(n, 128)
-    return {"BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N, "BLOCK_X": 64, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_R": BLOCK_R, "BLOCK_N": BLOCK_N, "BLOCK_X": 32, "num_warps": 8, "num_stages": 3}
 
 
 def _product(
@@ -367,7 +346,7 @@ def cross_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``reference.cross_attention``; ``key_bias`` cancels in the softmax and is not read."""
     (B, n, X), A, dtype = context.shape, num_heads, query.dtype
-    Q, R = query.shape[-2], query.shape[-2] * num_heads
+    R = query.shape[-2] * num_heads
     out = query.new_empty(B, Q, value_weight.shape[0])
     lse = query.new_empty(B, A, Q, dtype=torch.float32)
     if out.numel() == 0:
@@ -435,7 +414,7 @@ def cross_attention_backward(
 ) -> tuple[torch.Tensor, ...]:
     """As ``reference.cross_attention_backward``; K, V and their gradients are never formed."""
     (B, n, X), A, dtype = context.shape, num_heads, query.dtype
-    Q, R = query.shape[-2], query.shape[-2] * num_heads
+    R = query.shape[-2] * num_heads
     wide = {"dtype": torch.float32, "device": query.device}
     empty = query.new_empty(0)
     d_query, d_context = (
@@ -448,14 +427,12 @@ def cross_attention_backward(
     q_shared = _through(query, key_weight, A, scale)[None] if is_shared else empty
     dq_shared = torch.zeros((R, X), **wide) if is_shared else empty
     lse = lse.contiguous()
-    centred = out.float() if value_bias is None else out.float() - value_bias.float()
-    delta_BR = (grad.float() * centred).unflatten(-1, (A, -1)).sum(-1).flatten(1)
     for samples in _groups(B, n * X * context.element_size() + 8 * R * n + 12 * R * X):
         x, d_out = context[samples], grad[samples]
         q = q_shared if is_shared else _through(query[samples], key_weight, A, scale)
         dz = _through(d_out, value_weight, A)
         mask = None if attention_mask is None else attention_mask[samples]
-        p, ds = _grad_scores(q, dz, x, mask, lse[samples], delta_BR[samples], R, A)
+        p, ds = _grad_scores(q, dz, x, mask, lse[samples], R, A)
         if needs[0] or needs[2]:
             dq = _product(ds, x, torch.empty_like(dz), dtype, alpha=scale)
             if is_shared:
@@ -486,23 +463,27 @@ def _grad_scores(
     context: torch.Tensor,
     mask: torch.Tensor | None,
     lse: torch.Tensor,
-    delta_BR: torch.Tensor,
     R: int,
     A: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probabilities and the gradient of the scores, fp32."""
     B, n, X = context.shape
-    p_BRn, ds_BRn = torch.empty((2, B, R, n), dtype=torch.float32, device=context.device)
+    p_BRn, dp_BRn = torch.empty((2, B, R, n), dtype=torch.float32, device=context.device)
     if p_BRn.numel() == 0:
-        return p_BRn, ds_BRn
+        return p_BRn, dp_BRn
     config = grad_scores_config(R, n, context.dtype)
     mask, strides, MASK = _mask_arguments(mask)
     grid = (B * triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(n, config["BLOCK_N"]),)
     _grad_scores_kernel[grid](
-        q_BRX, dz_BRX, context, mask, lse, delta_BR, p_BRn, ds_BRn, R, n, X, A,
+        q_BRX, dz_BRX, context, mask, lse, p_BRn, dp_BRn, R, n, X, A,
         q_BRX.stride(0) if q_BRX.shape[0] > 1 else 0, *context.stride(), *strides,
         DTYPE=_DTYPES[context.dtype], MASK=MASK, **config,
     )  # fmt: skip
-    return p_BRn, ds_BRn
+    total = p_BRn.sum(-1, keepdim=True)
+    p_BRn.div_(total.masked_fill_(total == 0, 1.0))
+    # From P·dP, not from dO·out: its rounding is that of dP and cancels where a row attends to one key.
+    delta = (p_BRn * dp_BRn).sum(-1, keepdim=True)
+    return p_BRn, dp_BRn.sub_(delta).mul_(p_BRn)
 
 
 def _finish_query(

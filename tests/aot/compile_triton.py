@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every Triton kernel ahead of time, without a GPU: ``python tests/aot/compile_triton.py``.
+
+The launchers themselves run, on meta tensors of real shapes, with a driver that only names a GPU; so what is
+compiled (tiles, warps, stages, alignment, sizes equal to 1) is what that GPU would get. Prints
+registers, spills and shared memory, and fails on spills, on too much shared memory, and on a 16-bit
+kernel for sm_90 without wgmma where its tile allows it.
+"""
+
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from mmkernels.ops.cross_attention import triton as cross_attention
+from mmkernels.ops.patch_embed import triton as patch_embed
+
+SHARED_KB = {80: 163, 90: 227, 100: 227}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+AFFINE = ([0.015, 0.015, 0.014], [-1.8, -1.75, -1.5])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel."""
+
+    kernel: str
+    case: str
+    arch: int
+    dtype: str
+    tile: str
+    registers: int
+    spills: int
+    shared: int
+    wgmma: bool
+    wants_wgmma: bool
+
+    def faults(self) -> list[str]:
+        """Why this kernel may not ship."""
+        found = []
+        # ptxas parks a scalar or two in local memory now and then, with registers to spare: no pressure.
+        if self.spills > 4 or (self.spills and self.registers > 128):
+            found.append(f"{self.spills} accesses of local memory")
+        if self.shared > SHARED_KB[self.arch] * 1024:
+            found.append(f"more than {SHARED_KB[self.arch]} KB of shared memory")
+        if self.wants_wgmma and not self.wgmma:
+            found.append("no wgmma")
+        return found
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:22} {self.case:16} sm_{self.arch:<4} {self.dtype:5} {self.tile:27}"
+            f"{self.registers:4} {self.spills:6} {self.shared / 1024:8.1f} {'wgmma' if self.wgmma else '-':6}"
+            f" {'; '.join(self.faults())}"
+        )
+
+
+class NamedGpu:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def _patch_embed(
+    dtype: torch.dtype, B: int, side: int, P: int, D: int, pixels: torch.dtype = torch.uint8, extras: bool = True
+) -> None:
+    N, R = (side // P) ** 2, int(extras)
+    x = _meta(B, 3, side, side, dtype=pixels)
+    weight = _meta(D, 3, P, P, dtype=dtype)
+    bias, position, prefix = (_meta(*s, dtype=dtype) if extras else None for s in ((D,), (R + N, D), (R, D)))
+    affine = AFFINE if extras else (None, None)
+    out = patch_embed.patch_embed(x, weight, bias, position, prefix, *affine)
+    needs = [pixels.is_floating_point, True, True, True, True]
+    patch_embed.patch_embed_backward(out, x, weight, *affine, R, R + N, needs)
+
+
+def _cross_attention(
+    dtype: torch.dtype, B: int, Q: int, n: int, X: int, A: int, d: int, shared: bool = False, mask: str = "none"
+) -> None:
+    query = _meta(*(() if shared else (B,)), Q, A * d, dtype=dtype)
+    context, bias = _meta(B, n, X, dtype=dtype), _meta(A * d, dtype=dtype)
+    w_k, w_v = _meta(A * d, X, dtype=dtype), _meta(A * d, X, dtype=dtype)
+    masks = {
+        "none": None,
+        "bool": _meta(B, 1, 1, n, dtype=torch.bool).expand(B, A, Q, n),
+        "additive": _meta(1, 1, Q, n, dtype=dtype).expand(B, A, Q, n),
+    }
+    m = masks[mask]
+    out, lse = cross_attention.cross_attention(query, context, w_k, w_v, None, bias, m, A, 0.125)
+    cross_attention.cross_attention_backward(
+        out, query, context, w_k, w_v, bias, m, out, lse, A, 0.125, [True] * 5
+    )
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# fp16 differs from bf16 in nothing but the instruction's type: two cases show that it compiles.
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "clip_l14_336": lambda t: _patch_embed(t, 64, 336, 14, 1024),
+    "clip_l14_b4": lambda t: _patch_embed(t, 4, 336, 14, 1024),
+    "vit_b16_float_b1": lambda t: _patch_embed(t, 1, 224, 16, 768, pixels=t, extras=False),
+    "vit_b16_f32_pix": lambda t: _patch_embed(t, 64, 224, 16, 768, pixels=torch.float32),
+    "patch_of_ones": lambda t: _patch_embed(t, 1, 1, 1, 1, extras=False),
+    "blip2_layer": lambda t: _cross_attention(t, 16, 32, 257, 1408, 12, 64),
+    "blip2_padded": lambda t: _cross_attention(t, 16, 32, 257, 1408, 12, 64, mask="bool"),
+    "siglip_map_head": lambda t: _cross_attention(t, 16, 1, 729, 1152, 16, 72, shared=True),
+    "granite_window": lambda t: _cross_attention(t, 256, 3, 15, 1024, 16, 64, mask="additive"),
+    "cross_of_ones": lambda t: _cross_attention(t, 1, 1, 1, 1, 1, 1, shared=True),
+}
+FP16_CASES = ("clip_l14_336", "blip2_layer")
+
+
+def compile_for(arch: int) -> list[Row]:
+    """Every kernel the launchers ask for on this GPU."""
+    rows: dict[str, Row] = {}
+    driver.set_active(NamedGpu(arch))
+    launch = JITFunction.run
+    current = {"case": "", "dtype": ""}
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in rows:
+            rows[kernel.hash] = _row(kernel, arch, kwargs, **current)
+
+    JITFunction.run = compile_only
+    for case, call in CASES.items():
+        for name, dtype in DTYPES.items():
+            current.update(case=case, dtype=name)
+            if (name != "fp16" or case in FP16_CASES) and (name == "bf16" or "ones" not in case):
+                call(dtype)
+    return list(rows.values())
+
+
+def _row(kernel: Any, arch: int, options: dict[str, Any], case: str, dtype: str) -> Row:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("-res-usage", file.name)
+        found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        # A frame of 8 bytes may be the compiler's own; what counts is whether anything goes there.
+        sass = _cuobjdump("-sass", file.name) if found["STACK"] + found["LOCAL"] else ""
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    blocks = {k: v for k, v in options.items() if k.startswith("BLOCK_")}
+    tile = " ".join(f"{k[6:]}{v}" for k, v in blocks.items())
+    tile += f" w{kernel.metadata.num_warps} s{kernel.metadata.num_stages}"
+    rows = options.get("BLOCK_M", options.get("BLOCK_I", options.get("BLOCK_R", 0)))
+    if "_grad_weight" in kernel.metadata.name:  # the product's rows are those of the weight
+        rows = options["BLOCK_D"]
+    return Row(
+        kernel=kernel.metadata.name.strip("_").removesuffix("_kernel"), case=case, arch=arch, dtype=dtype,
+        tile=tile, registers=found["REG"], spills=spills,
+        shared=kernel.metadata.shared, wgmma="wgmma.mma_async" in kernel.asm["ptx"],
+        wants_wgmma=arch == 90 and dtype != "fp32" and rows >= 64,
+    )  # fmt: skip
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> int:
+    """Compiles for every GPU, prints the table, returns the exit status."""
+    with multiprocessing.get_context("spawn").Pool(min(3, torch.get_num_threads() + 1)) as pool:
+        rows: Iterator[Row] = (row for found in pool.imap(compile_for, SHARED_KB) for row in found)
+        print(f"{'kernel':22} {'case':16} {'arch':7} {'dtype':5} {'tile':27} reg  spill   shared")
+        faulty = total = 0
+        for row in rows:
+            total += 1
+            faulty += bool(row.faults())
+            print(row, flush=True)
+    print(f"{total} kernels, {faulty} at fault (triton {triton.__version__})")
+    return 1 if faulty or total == 0 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

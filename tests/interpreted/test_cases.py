@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels against the reference in fp64: every case and every gradient, by the bound."""
+
+import importlib
+from types import ModuleType
+
+import pytest
+import torch
+
+from mmkernels.testing import Case, gradients, yardstick
+from mmkernels.testing.case import Inputs
+
+OPS = ("patch_embed", "cross_attention")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOO_LONG = ("many_panels", "wide")  # for an interpreter; test_layouts.py has several tiles, too
+
+
+def cases_of(op: str) -> ModuleType:
+    return importlib.import_module(f"mmkernels.ops.{op}.cases")
+
+
+def tagged(tag: str) -> list[object]:
+    return [
+        pytest.param(cases_of(op), case, id=f"{op}-{case.name}")
+        for op in OPS
+        for case in cases_of(op).CASES
+        if tag in case.tags and case.name not in TOO_LONG
+    ]
+
+
+def assert_within_bound(cases: ModuleType, inputs: Inputs) -> None:
+    grad = yardstick.upstream(cases.run(inputs))
+    got = gradients(cases.run, inputs, grad=grad)
+    failed = [c for c in yardstick.check(cases, inputs, got, grad) if not c.ratio <= 1]
+    assert not failed, "; ".join(map(str, failed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("cases", "case"), tagged("test"))
+def test_values_and_gradients_hold_the_bound(
+    cases: ModuleType, case: Case, dtype: torch.dtype
+) -> None:
+    # fp16 takes the path of bf16; the larger cases are there for their shape.
+    every = "gradcheck" in case.tags and dtype != torch.float16
+    for seed, family in enumerate(cases.FAMILIES if every else cases.FAMILIES[:1]):
+        assert_within_bound(cases, cases.make_inputs(case, dtype, seed=seed, family=family))
+
+
+@pytest.mark.parametrize(("cases", "case"), tagged("empty"))
+def test_nothing_to_do(cases: ModuleType, case: Case) -> None:
+    inputs = cases.make_inputs(case, torch.float32)
+    got, expected = gradients(cases.run, inputs), gradients(cases.plain, inputs)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)

@@ -84,12 +84,20 @@ class NamedGpu:
 
 
 def _patch_embed(
-    dtype: torch.dtype, B: int, side: int, P: int, D: int, pixels: torch.dtype = torch.uint8, extras: bool = True
+    dtype: torch.dtype,
+    B: int,
+    side: int,
+    P: int,
+    D: int,
+    pixels: torch.dtype = torch.uint8,
+    extras: bool = True,
 ) -> None:
     N, R = (side // P) ** 2, int(extras)
     x = _meta(B, 3, side, side, dtype=pixels)
     weight = _meta(D, 3, P, P, dtype=dtype)
-    bias, position, prefix = (_meta(*s, dtype=dtype) if extras else None for s in ((D,), (R + N, D), (R, D)))
+    bias, position, prefix = (
+        _meta(*s, dtype=dtype) if extras else None for s in ((D,), (R + N, D), (R, D))
+    )
     affine = AFFINE if extras else (None, None)
     out = patch_embed.patch_embed(x, weight, bias, position, prefix, *affine)
     needs = [pixels.is_floating_point, True, True, True, True]
@@ -97,7 +105,15 @@ def _patch_embed(
 
 
 def _cross_attention(
-    dtype: torch.dtype, B: int, Q: int, n: int, X: int, A: int, d: int, shared: bool = False, mask: str = "none"
+    dtype: torch.dtype,
+    B: int,
+    Q: int,
+    n: int,
+    X: int,
+    A: int,
+    d: int,
+    shared: bool = False,
+    mask: str = "none",
 ) -> None:
     query = _meta(*(() if shared else (B,)), Q, A * d, dtype=dtype)
     context, bias = _meta(B, n, X, dtype=dtype), _meta(A * d, dtype=dtype)
@@ -179,7 +195,9 @@ def _row(kernel: Any, arch: int, options: dict[str, Any], case: str, dtype: str)
 
 
 def _cuobjdump(option: str, path: str) -> str:
-    return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [CUOBJDUMP, option, path], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def main() -> int:

@@ -17,7 +17,17 @@ cross_attention = importlib.import_module("mmkernels.ops.cross_attention.triton"
 
 
 def pixels_case(**sizes: object) -> Case:
-    default = {"B": 2, "C": 3, "P": 4, "D": 8, "R": 0, "S": 0, "u8": True, "norm": True, "bias": True}
+    default = {
+        "B": 2,
+        "C": 3,
+        "P": 4,
+        "D": 8,
+        "R": 0,
+        "S": 0,
+        "u8": True,
+        "norm": True,
+        "bias": True,
+    }
     return Case("layout", {**default, **sizes})
 
 
@@ -49,8 +59,24 @@ def test_uint8_nhwc_and_slices_give_the_same_bits() -> None:
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"B": 3, "H": 42, "W": 35, "P": 7, "D": 72, "R": 5, "S": 2},  # 3, 2 and 5 tiles of M, D and K
-        {"B": 1, "C": 2, "H": 32, "W": 20, "P": 1, "D": 3, "u8": False},  # the weight gradient splits
+        {
+            "B": 3,
+            "H": 42,
+            "W": 35,
+            "P": 7,
+            "D": 72,
+            "R": 5,
+            "S": 2,
+        },  # 3, 2 and 5 tiles of M, D and K
+        {
+            "B": 1,
+            "C": 2,
+            "H": 32,
+            "W": 20,
+            "P": 1,
+            "D": 3,
+            "u8": False,
+        },  # the weight gradient splits
         {"B": 1, "C": 5, "H": 4, "W": 6, "P": 2, "norm": False},  # more channels than RGB
     ],
     ids=["tiles", "split", "channels"],

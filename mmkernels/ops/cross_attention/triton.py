@@ -246,7 +246,7 @@ def _warps(rows: int, columns: int) -> int:
     return 8 if rows * columns > 64 * 64 else 4
 
 
-def product_config(I: int, J: int, dtype: torch.dtype) -> dict[str, int]:  # noqa: E741
+def product_config(I: int, J: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile of the batched product."""
     if dtype == torch.float32:
         tile = {"BLOCK_I": _tile(I, 64), "BLOCK_J": _tile(J, 64), "BLOCK_K": 16}
@@ -292,7 +292,7 @@ def _product(
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``out [H, I, J] = alpha · a [H, I, K] · b [H, K, J] (+ add)``, any strides; ``dtype`` is the op's."""
-    (H, I, K), J = a.shape, b.shape[2]  # noqa: E741
+    (H, I, K), J = a.shape, b.shape[2]
     if out.numel() == 0:
         return out
     config = product_config(I, J, dtype)
@@ -346,7 +346,7 @@ def cross_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``reference.cross_attention``; ``key_bias`` cancels in the softmax and is not read."""
     (B, n, X), A, dtype = context.shape, num_heads, query.dtype
-    R = query.shape[-2] * num_heads
+    Q, R = query.shape[-2], query.shape[-2] * num_heads
     out = query.new_empty(B, Q, value_weight.shape[0])
     lse = query.new_empty(B, A, Q, dtype=torch.float32)
     if out.numel() == 0:

@@ -54,6 +54,12 @@ Tensor widened(const Tensor& t, ScalarType acc) {
   return aligned(t.scalar_type() == acc ? t : torch::stable::to(t, acc));
 }
 
+MMK_MULTIARCH void add_to(float* sum, const float* part, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
+}
+void add_to(double* sum, const double* part, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
+}
 MMK_MULTIARCH void widen_row(float* to, const bf16* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
 }
@@ -225,19 +231,15 @@ void score_gradient(F* p, F* d_scores, int64_t n) {
   for (int64_t j = 0; j < n; ++j) d_scores[j] = static_cast<F>(p[j] * (d_scores[j] - delta));
 }
 
-template <class F>
-void add_to(F* sum, const F* part, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
-}
-
 template <class T, class F>
 void round_to(const Tensor& to, int64_t first, const F* from, int64_t n, F scale) {
   T* p = mutable_data<T>(to) + first;
   for (int64_t i = 0; i < n; ++i) p[i] = Convert<T>::from(from[i] * scale);
 }
 
-// Gradients of all samples. A thread takes a group of heads: it alone adds to that group's rows of the
-// weight gradients, sample after sample. dX, a sum over groups, follows when all groups of a sample are done.
+// Gradients, a chunk of samples at a time: (1) a thread takes a group of heads of one sample and keeps its
+// P, dS, dZ, q', Z and dq'; (2) dX of each sample, a sum over all its heads; (3) a thread takes a group of
+// heads and adds the chunk to that group's rows of the weight gradients, in the order of the samples.
 template <class T>
 class Backward {
   using F = acc_t<T>;
@@ -245,99 +247,164 @@ class Backward {
  public:
   Backward(const Problem<T>& p, const Tensor& grad, const Tensor& lse, double scale,
            const std::vector<bool>& needs, const std::vector<Tensor>& grads)
-      : p_(p), s_(p.s), lse_(lse), scale_(static_cast<F>(scale)), needs_(needs), grads_(grads),
+      : p_(p), s_(p.s), R_(p.s.rows()), lse_(lse), scale_(static_cast<F>(scale)), needs_(needs), grads_(grads),
+        chunk_(chunk_size(p.s)),
         grad_(widened(grad, p.acc)),
-        p_ds_(empty(lse, {2 * s_.rows(), s_.n})),
-        dz_q_(empty(lse, {2 * s_.rows(), s_.X})),
+        p_ds_(empty(lse, {chunk_, 2 * R_, s_.n})),
+        dz_q_(empty(lse, {chunk_, 2 * R_, s_.X})),
+        z_(empty(lse, {s_.A, chunk_ * s_.Q, s_.X})),
+        dq_(empty(lse, {s_.A, chunk_ * s_.Q, s_.X})),
+        grad_rows_(empty(lse, {s_.A, chunk_ * s_.Q, s_.d})),
+        query_rows_(empty(lse, {s_.A, chunk_ * s_.Q, s_.d})),
         d_query_(torch::stable::new_zeros(lse, Sizes{s_.Q, s_.A * s_.d})),
         dw_k_(torch::stable::new_zeros(lse, Sizes{needs[2] ? s_.A * s_.d : 0, s_.X})),
         dw_v_(torch::stable::new_zeros(lse, Sizes{needs[3] ? s_.A * s_.d : 0, s_.X})),
-        dx_(empty(lse, {needs[1] ? s_.n : 0, s_.X})),
-        context_(empty(lse, {p.context_scratch()})) {}
+        d_bias_(s_.A * s_.d, 0.0) {}
 
   void run() {
-    std::vector<double> d_bias(s_.A * s_.d, 0.0);
     const int64_t rows = p_.heads * s_.Q;
     const auto scratch = [&] {
-      return Scratch<F>(lse_, p_.acc, {2 * rows * s_.n, 2 * rows * s_.X, p_.heads * s_.d * s_.X, rows * s_.d});
+      return Scratch<F>(lse_, p_.acc,
+                        {p_.context_scratch(), 2 * rows * s_.n, 2 * rows * s_.X, rows * s_.d});
     };
-    for (int64_t b = 0; b < s_.B; ++b) {
-      const F* x = p_.context_of(b, mutable_data<F>(context_));
-      for_each_block(p_.groups(), scratch, [&](int64_t g, Scratch<F>& memory) { group(b, g, x, memory, d_bias); });
-      if (needs_[1]) context_gradient(b);
-      if (needs_[0] && !s_.shared) round_to<T>(grads_[0], b * p_.block(), data<F>(d_query_), p_.block(), scale_);
+    const auto part = [&] { return Scratch<F>(lse_, p_.acc, {std::max(p_.heads * s_.d * s_.X, s_.Q * s_.d)}); };
+    const auto sample = [&] { return Scratch<F>(lse_, p_.acc, {s_.n * s_.X}); };
+    for (int64_t first = 0; first < s_.B; first += chunk_) {
+      const int64_t count = std::min(chunk_, s_.B - first);
+      for_each_block(count * p_.groups(), scratch, [&](int64_t i, Scratch<F>& memory) {
+        group(first, i / p_.groups(), i % p_.groups(), memory);
+      });
+      if (needs_[1] && count == 1) context_gradient_of_one(first);
+      else if (needs_[1])
+        for_each_block(count, sample, [&](int64_t i, Scratch<F>& memory) { context_gradient(first, i, memory.at[0]); });
+      for_each_block(p_.groups(), part, [&](int64_t g, Scratch<F>& memory) { sums(first, count, g, memory.at[0]); });
     }
     if (needs_[0] && s_.shared) round_to<T>(grads_[0], 0, data<F>(d_query_), p_.block(), scale_);
     if (needs_[2]) round_to<T>(grads_[2], 0, data<F>(dw_k_), dw_k_.numel(), F(1));
     if (needs_[3]) round_to<T>(grads_[3], 0, data<F>(dw_v_), dw_v_.numel(), F(1));
     for (int64_t i = 0; needs_[4] && i < s_.A * s_.d; ++i)
-      mutable_data<T>(grads_[4])[i] = Convert<T>::from(static_cast<F>(d_bias[i]));
+      mutable_data<T>(grads_[4])[i] = Convert<T>::from(static_cast<F>(d_bias_[i]));
   }
 
  private:
-  void group(int64_t b, int64_t g, const F* x, Scratch<F>& memory, std::vector<double>& d_bias) {
-    const int64_t count = p_.heads_in(g) * s_.Q, first = g * p_.heads * s_.Q;
-    const F* lse = data<F>(lse_) + b * s_.rows() + first;
-    F *p = memory.at[0], *ds = p + count * s_.n, *z = memory.at[1], *dq = z + count * s_.X;
-    F* dz = mutable_data<F>(dz_q_) + first * s_.X;  // kept for dX, with q' after all of them
-    F* q = mutable_data<F>(dz_q_) + (s_.rows() + first) * s_.X;
-    const Tensor d_out = p_.heads_of(data<F>(grad_), b, g), query = p_.query_of(b, g);
-    bmm_out(query, p_.weight_of(p_.w_k, g), p_.by_head(q, g, s_.X));
+  // As many samples as keep the intermediates near 48 MB: large products for dW, little memory.
+  static int64_t chunk_size(const Shape& s) {
+    const int64_t bytes = s.rows() * (2 * s.n + 4 * s.X + 2 * s.d) * static_cast<int64_t>(sizeof(F));
+    return std::max<int64_t>(1, std::min<int64_t>(s.B, (48 << 20) / std::max<int64_t>(1, bytes)));
+  }
+  // Rows of head h and sample i of a [A, chunk·Q, width] tensor.
+  F* slot(const Tensor& t, int64_t h, int64_t i, int64_t width) const {
+    return mutable_data<F>(t) + (h * chunk_ + i) * s_.Q * width;
+  }
+  void scatter_heads(const Tensor& to, int64_t i, int64_t g, const F* from, int64_t width) const {
+    for (int64_t k = 0; k < p_.heads_in(g); ++k)
+      memcpy(slot(to, g * p_.heads + k, i, width), from + k * s_.Q * width, s_.Q * width * sizeof(F));
+  }
+  // The same from rows [Q, A·d] of a sample.
+  void scatter_rows(const Tensor& to, int64_t i, int64_t g, const F* sample) const {
+    for (int64_t k = g * p_.heads; k < g * p_.heads + p_.heads_in(g); ++k)
+      for (int64_t q = 0; q < s_.Q; ++q)
+        memcpy(slot(to, k, i, s_.d) + q * s_.d, sample + (q * s_.A + k) * s_.d, s_.d * sizeof(F));
+  }
+
+  void group(int64_t first_sample, int64_t i, int64_t g, Scratch<F>& memory) {
+    const int64_t b = first_sample + i, count = p_.heads_in(g) * s_.Q, first = g * p_.heads * s_.Q;
+    const F* x = p_.context_of(b, memory.at[0]);
+    F *p = memory.at[1], *ds = p + count * s_.n, *z = memory.at[2], *dq = z + count * s_.X;
+    F* dz = mutable_data<F>(dz_q_) + (i * 2 * R_ + first) * s_.X;  // kept for dX, with q' after all of them
+    F* q = dz + R_ * s_.X;
+    bmm_out(p_.query_of(b, g), p_.weight_of(p_.w_k, g), p_.by_head(q, g, s_.X));
     p_.score(p, q, x, b, g);
-    bmm_out(d_out, p_.weight_of(p_.w_v, g), p_.by_head(dz, g, s_.X));
+    bmm_out(p_.heads_of(data<F>(grad_), b, g), p_.weight_of(p_.w_v, g), p_.by_head(dz, g, s_.X));
     mm_out(p_.matrix(dz, count, s_.X), p_.transposed(x, s_.n, s_.X), p_.matrix(ds, count, s_.n));
     for (int64_t r = 0; r < count; ++r) score_gradient(p + r * s_.n, ds + r * s_.n, s_.n);
     if (needs_[1]) {
-      memcpy(mutable_data<F>(p_ds_) + first * s_.n, p, count * s_.n * sizeof(F));
-      memcpy(mutable_data<F>(p_ds_) + (s_.rows() + first) * s_.n, ds, count * s_.n * sizeof(F));
+      F* keep = mutable_data<F>(p_ds_) + (i * 2 * R_ + first) * s_.n;
+      memcpy(keep, p, count * s_.n * sizeof(F));
+      memcpy(keep + R_ * s_.n, ds, count * s_.n * sizeof(F));
     }
-    if (needs_[4]) bias_gradient(b, g, lse, d_bias);
     if (!(needs_[0] || needs_[2] || needs_[3])) return;
     mm_out(p_.matrix(p, 2 * count, s_.n), p_.matrix(x, s_.n, s_.X), p_.matrix(z, 2 * count, s_.X));
-    if (needs_[0]) query_gradient(g, dq, memory.at[3]);
-    if (needs_[2]) weight_gradient(dw_k_, query, dq, g, memory.at[2]);
-    if (needs_[3]) weight_gradient(dw_v_, d_out, z, g, memory.at[2]);
+    scatter_heads(z_, i, g, z, s_.X);
+    scatter_heads(dq_, i, g, dq, s_.X);
+    scatter_rows(grad_rows_, i, g, data<F>(grad_) + b * p_.block());
+    scatter_rows(query_rows_, i, g, data<F>(p_.query) + (s_.shared ? 0 : b * p_.block()));
+    if (needs_[0] && !s_.shared) query_gradient(b, g, dq, memory.at[3]);
   }
 
-  // dq = dq' · W_kᵀ (times scale, at the end).
-  void query_gradient(int64_t g, const F* dq_wide, F* heads) {
+  // dq = scale · dq' · W_kᵀ, of one sample.
+  void query_gradient(int64_t b, int64_t g, const F* dq_wide, F* heads) {
     bmm_out(p_.by_head(dq_wide, g, s_.X), p_.weight_of_transposed(p_.w_k, g), p_.by_head(heads, g, s_.d));
     for (int64_t r = 0; r < p_.heads_in(g) * s_.Q; ++r) {
-      F* to = mutable_data<F>(d_query_) + (r % s_.Q) * s_.A * s_.d + (g * p_.heads + r / s_.Q) * s_.d;
-      for (int64_t c = 0; c < s_.d; ++c) to[c] = heads[r * s_.d + c] + (s_.shared ? to[c] : F(0));
+      const int64_t at = ((b * s_.Q + r % s_.Q) * s_.A + g * p_.heads + r / s_.Q) * s_.d;
+      round_to<T>(grads_[0], at, heads + r * s_.d, s_.d, scale_);
     }
+  }
+
+  // dX = [P; dS]ᵀ · [dZ; q'], samples in parallel, or one sample by blocks of its rows.
+  void context_gradient(int64_t first, int64_t i, F* dx) {
+    const int64_t size = s_.n * s_.X;
+    mm_out(p_.transposed(data<F>(p_ds_) + i * 2 * R_ * s_.n, 2 * R_, s_.n),
+           p_.matrix(data<F>(dz_q_) + i * 2 * R_ * s_.X, 2 * R_, s_.X), p_.matrix(dx, s_.n, s_.X));
+    round_to<T>(grads_[1], (first + i) * size, dx, size, F(1));
+  }
+  void context_gradient_of_one(int64_t b) {
+    const Tensor dx = empty(lse_, {s_.n, s_.X});
+    mm_blocked(p_ds_.data_ptr(), s_.n, 2 * R_, 1, s_.n, torch::stable::view(dz_q_, {chunk_ * 2 * R_, s_.X}), dx.data_ptr(), p_.acc,
+               sizeof(F));
+    round_to<T>(grads_[1], b * s_.n * s_.X, data<F>(dx), s_.n * s_.X, F(1));
+  }
+
+  // What is summed over samples, for one group of heads.
+  void sums(int64_t first, int64_t count, int64_t g, F* part) {
+    if (needs_[4]) bias_gradient(first, count, g);
+    if (needs_[2]) weight_gradient(dw_k_, query_rows_, dq_, count, g, part);
+    if (needs_[3]) weight_gradient(dw_v_, grad_rows_, z_, count, g, part);
+    if (needs_[0] && s_.shared) shared_query_gradient(count, g, part);
   }
 
   // dW_h += rows_hᵀ · wide_h
-  void weight_gradient(const Tensor& sum, const Tensor& rows, const F* wide, int64_t g, F* part) {
-    const int64_t size = s_.d * s_.X;
-    bmm_out(torch::stable::transpose(rows, 1, 2), p_.by_head(wide, g, s_.X),
+  void weight_gradient(const Tensor& sum, const Tensor& rows, const Tensor& wide, int64_t count, int64_t g, F* part) {
+    const int64_t h = g * p_.heads, size = s_.d * s_.X, k = count * s_.Q, all = chunk_ * s_.Q;
+    bmm_out(blob(slot(rows, h, 0, s_.d), {p_.heads_in(g), s_.d, k}, {all * s_.d, 1, s_.d}, p_.acc),
+            blob(slot(wide, h, 0, s_.X), {p_.heads_in(g), k, s_.X}, {all * s_.X, s_.X, 1}, p_.acc),
             blob(part, {p_.heads_in(g), s_.d, s_.X}, {size, s_.X, 1}, p_.acc));
-    add_to(mutable_data<F>(sum) + g * p_.heads * size, part, p_.heads_in(g) * size);
+    add_to(mutable_data<F>(sum) + h * size, part, p_.heads_in(g) * size);
   }
 
-  void bias_gradient(int64_t b, int64_t g, const F* lse, std::vector<double>& d_bias) {
-    for (int64_t r = 0; r < p_.heads_in(g) * s_.Q; ++r) {
-      if (lse[r] == -static_cast<F>(INFINITY)) continue;
-      const int64_t head = g * p_.heads + r / s_.Q;
-      const F* row = data<F>(grad_) + b * p_.block() + (r % s_.Q) * s_.A * s_.d + head * s_.d;
-      for (int64_t c = 0; c < s_.d; ++c) d_bias[head * s_.d + c] += row[c];
+  // Queries shared by the batch: sum dq' over the samples, then through W_k once.
+  void shared_query_gradient(int64_t count, int64_t g, F* part) {
+    for (int64_t k = 0; k < p_.heads_in(g); ++k) {
+      const int64_t h = g * p_.heads + k;
+      F* sum = slot(dq_, h, 0, s_.X);
+      for (int64_t i = 1; i < count; ++i) add_to(sum, slot(dq_, h, i, s_.X), s_.Q * s_.X);
+      mm_out(p_.matrix(sum, s_.Q, s_.X), p_.transposed(data<F>(p_.w_k) + h * s_.d * s_.X, s_.d, s_.X),
+             p_.matrix(part, s_.Q, s_.d));
+      for (int64_t q = 0; q < s_.Q; ++q)
+        add_to(mutable_data<F>(d_query_) + (q * s_.A + h) * s_.d, part + q * s_.d, s_.d);
     }
   }
 
-  // dX = [P; dS]ᵀ · [dZ; q']
-  void context_gradient(int64_t b) {
-    mm_blocked(p_ds_.data_ptr(), s_.n, 2 * s_.rows(), 1, s_.n, dz_q_, dx_.data_ptr(), p_.acc, sizeof(F));
-    round_to<T>(grads_[1], b * s_.n * s_.X, data<F>(dx_), s_.n * s_.X, F(1));
+  void bias_gradient(int64_t first, int64_t count, int64_t g) {
+    for (int64_t b = first; b < first + count; ++b)
+      for (int64_t r = 0; r < p_.heads_in(g) * s_.Q; ++r) {
+        const int64_t head = g * p_.heads + r / s_.Q, q = r % s_.Q;
+        if (data<F>(lse_)[b * R_ + head * s_.Q + q] == -static_cast<F>(INFINITY)) continue;
+        const F* row = data<F>(grad_) + b * p_.block() + (q * s_.A + head) * s_.d;
+        for (int64_t c = 0; c < s_.d; ++c) d_bias_[head * s_.d + c] += row[c];
+      }
   }
 
   const Problem<T>& p_;
   const Shape& s_;
+  int64_t R_;
   Tensor lse_;
   F scale_;
   const std::vector<bool>& needs_;
   const std::vector<Tensor>& grads_;
-  Tensor grad_, p_ds_, dz_q_, d_query_, dw_k_, dw_v_, dx_, context_;
+  int64_t chunk_;
+  Tensor grad_, p_ds_, dz_q_, z_, dq_, grad_rows_, query_rows_, d_query_, dw_k_, dw_v_;
+  std::vector<double> d_bias_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(

@@ -232,34 +232,41 @@ def least_work(job: Job, inputs: Inputs) -> tuple[int, int]:
     return moved, flops
 
 
-def measure(job: Job, options: Options, known: dict[Job, Checked] | None = None) -> Row:
-    """Checks, then times. A row out of its bound, or one that raises, has no times.
-
-    ``known`` keeps what was checked: both directions of a case share it.
-    """
-    row = Row(job.op, job.case.name, job.dtype, job.direction, job.device, job.frozen)
-    known = {} if known is None else known
+def checked(job: Job, options: Options, known: dict[Job, Checked]) -> Checked:
+    """``check``, once for the rows of a case and dtype."""
     key = replace(job, direction="", frozen="")
+    if key not in known:
+        known[key] = check(job, options)
+    return known[key]
+
+
+def measure(job: Job, options: Options, known: dict[Job, Checked]) -> Row:
+    """Checks, then times. A row out of its bound, or one that raises, has no times."""
+    row = Row(job.op, job.case.name, job.dtype, job.direction, job.device, job.frozen)
     try:
-        checked = known[key] = known[key] if key in known else check(job, options)
+        found = checked(job, options, known)
     except Exception as error:  # whatever a kernel does, the other rows are still measured
         row.failure = " ".join(f"{type(error).__name__}: {error}".split())
         return row
-    worst = checked.worst(job.direction)
-    row.checked_on, row.bound = checked.sizes, checked.bound
+    worst = found.worst(job.direction)
+    row.checked_on, row.bound = found.sizes, found.bound
     if not worst.ratio <= 1:
         row.failure = str(worst)
         return row
     row.worst, row.worst_ratio, row.error = worst.name, worst.ratio, worst.error
-    row.eager_error = checked.eager_errors[worst.name]
+    row.eager_error = found.eager_errors[worst.name]
     _time(job, options, row)
     return row
 
 
-def _time(job: Job, options: Options, row: Row) -> None:
+def timed_inputs(job: Job) -> Inputs:
+    """The full case, its leaves ready for a backward if the row has one."""
     inputs = make_inputs(job, job.case)
-    if job.direction == "fwdbwd":
-        inputs = trainable(inputs, job.frozen)
+    return trainable(inputs, job.frozen) if job.direction == "fwdbwd" else inputs
+
+
+def _time(job: Job, options: Options, row: Row) -> None:
+    inputs = timed_inputs(job)
     row.algorithm = _algorithm(job, inputs)
     steps = variants(job, inputs, row.algorithm, options.compile)
     row.missing = _drop_broken(steps, inputs)

@@ -77,7 +77,7 @@ def _cpu_seconds(call: Call, repeats: int) -> float:
 
 
 def _cuda_seconds(call: Call, repeats: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
     for _ in range(repeats):

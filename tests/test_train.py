@@ -66,16 +66,15 @@ def test_ink_is_where_the_digit_is(scans: digits.Scans) -> None:
         assert (inside - image.median()).abs().max() > 60
 
 
-@pytest.mark.parametrize(
-    ("shown", "sizes", "text"),
-    [
-        ([3], [30.0], "the digit is 3"),
-        ([3, 7], [30.0, 40.0], "the digits are 3 7, 7 is largest"),
-        ([3, 7, 0], [40.0, 39.0, 30.0], "the digits are 3 7 0"),
-    ],
-)
-def test_captions(shown: list[int], sizes: list[float], text: str) -> None:
-    assert questions.caption(questions._scene(shown, sizes)) == text
+def test_captions_and_sketches() -> None:
+    assert questions.caption(Scene((3,), (2,))) == "the digit is 3"
+    assert questions.caption(Scene((3, 7, 0), (1, 3, 5))) == "the digits are 3 7 0"
+    assert questions.sketch(Scene((3, 7), (1, 6))) == ".3....7."
+
+
+def test_digits_stand_in_different_columns(scans: digits.Scans) -> None:
+    for scene in questions.scenes(digits.draw(scans, 500, torch.Generator().manual_seed(4))):
+        assert list(scene.columns) == sorted(set(scene.columns))
 
 
 def test_every_answer_is_right() -> None:
@@ -93,19 +92,12 @@ def _work_out(question: questions.Question, scene: Scene) -> str:
     """The answer from the wording alone."""
     text, shown = question.text, scene.digits
     side = shown[0] if "left" in text or "first" in text else shown[-1]
-    number = [w for w in text.replace("?", "").split() if w.isdigit()]
     if "odd" in text:
         return "even" if side in (0, 2, 4, 6, 8) else "odd"
     if "five" in text or "above 5" in text:
         return "yes" if side in (6, 7, 8, 9) else "no"
-    if number:
-        return "yes" if int(number[0]) in shown else "no"
-    if "sum" in text or "add" in text:
-        return str(sum(shown))
     if "how many" in text or "count" in text or "number of" in text:
         return str(len(shown))
-    if "larg" in text or "big" in text:
-        return str(scene.largest)
     if "from left to right" in text or "shown" in text or "written" in text:
         return " ".join(str(d) for d in shown)
     return str(side)
@@ -156,7 +148,7 @@ def test_memorises_a_tiny_set_and_needs_the_picture(model: MMLLM, scans: digits.
     pool = stages.Pool(model.encode(pictures.pixel_values).detach(), questions.scenes(pictures))
     stages.learn_only(model, model.projector, model.language_model)
     loss_at = stages.picture_loss(
-        model, pool, rng, 12, lambda s: (asked[0], " ".join(map(str, s.digits)))
+        model, pool, rng, 12, lambda s, _: (asked[0], " ".join(map(str, s.digits)))
     )
     losses = stages.fit(
         "tiny", loss_at, (model.projector, model.language_model), steps=150, lr=3e-3

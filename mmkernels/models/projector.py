@@ -24,7 +24,7 @@ class Projector(nn.Module):
         columns = torch.linspace(0, side - 1, sizes.num_query_tokens)
         queries = sincos(torch.zeros_like(columns), columns, sizes.hidden_size)
         queries[:, : sizes.hidden_size // 2] = 0  # any row
-        self.query_tokens = nn.Parameter(queries[None])
+        self.query_tokens = nn.Parameter((queries + 0.5 * torch.randn_like(queries))[None])
         self.qformer = QFormer(
             hidden_size=sizes.hidden_size,
             num_heads=sizes.num_heads,

@@ -102,7 +102,7 @@ def _neighbour_bias(num_heads: int, side: int, sharpness: float = 1.5) -> torch.
 
 def sincos(y: torch.Tensor, x: torch.Tensor, D: int) -> torch.Tensor:
     """2-D sine-cosine rows ``[n, D]`` for places in patch units, half for y and half for x."""
-    frequency = 1.0 / 100 ** (torch.arange(D // 4) / (D // 4))
+    frequency = 1.0 / 10 ** (torch.arange(D // 4) / (D // 4))
     phases = (axis[:, None] * frequency for axis in (y, x))
     return torch.cat([wave for phase in phases for wave in (phase.sin(), phase.cos())], dim=1)
 

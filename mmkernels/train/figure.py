@@ -23,8 +23,11 @@ def draw_figure(exam: Exam, score: Score, losses: dict[str, list[float]]) -> byt
         axes.set_axis_off()
         question, right = exam.questions[i], score.right[i]
         verdict = "(right)" if right else f"(wrong: is {question.answer})"
-        title = f"{question.text}\n{score.answers[i]} {verdict}"
-        axes.set_title(title, fontsize=9, color="darkgreen" if right else "crimson")
+        answer = "".join(c if c.isprintable() else "?" for c in score.answers[i])
+        title = f"{question.text}\n{answer} {verdict}"
+        axes.set_title(
+            title, fontsize=9, color="darkgreen" if right else "crimson", parse_math=False
+        )
     for i, (stage, values) in enumerate(losses.items()):
         axes = figure.add_subplot(
             grid[ROWS, i * COLUMNS // len(losses) : (i + 1) * COLUMNS // len(losses)]

@@ -2,7 +2,7 @@
 """The training stages: each part learns its own small task, then the parts learn to work together.
 
 ``vision``   encoder: which digit covers each patch.            Then frozen.
-``language`` decoder: captions, questions and answers as text.
+``language`` decoder: captions, questions and answers about sketches made of characters.
 ``pt``       projector only: captions of pictures.              Encoder and decoder frozen.
 ``it``       projector and decoder: questions about pictures.   Encoder frozen.
 
@@ -22,7 +22,7 @@ from mmkernels.models.tokenizer import BOS, EOS, encode, encode_prompt, pad
 from mmkernels.train import digits, questions
 from mmkernels.train.trainer import fast_bf16, fit
 
-STEPS = {"vision": 800, "language": 500, "pt": 400, "it": 400}
+STEPS = {"vision": 1300, "language": 350, "pt": 350, "it": 550}
 IGNORE = -100
 Row = tuple[list[int], list[int]]  # tokens given, tokens to be said
 
@@ -59,7 +59,7 @@ def train_vision(model: MMLLM, scans: digits.Scans, steps: int, batch: int = 32)
 
 
 def train_language(model: MMLLM, steps: int, batch: int = 32) -> list[float]:
-    """The decoder reads a caption, then a question, and answers it: no picture anywhere."""
+    """The decoder reads a sketch in eight characters and a question, and answers: no picture anywhere."""
     learn_only(model, model.language_model)
     rng = random.Random(2)
 
@@ -87,11 +87,7 @@ def train_pt(model: MMLLM, pool: Pool, steps: int, batch: int = 48) -> list[floa
     """The projector learns to make the frozen decoder say the caption."""
     learn_only(model, model.projector)
     rng = random.Random(4)
-
-    def sample(scene: questions.Scene) -> tuple[str, str]:
-        return rng.choice(questions.CAPTION_PROMPTS), questions.caption(scene)
-
-    loss_at = picture_loss(model, pool, rng, batch, sample)
+    loss_at = picture_loss(model, pool, rng, batch, _caption_sample)
     return fit("pt", loss_at, (model.projector,), steps=steps, lr=2e-3)
 
 
@@ -99,12 +95,7 @@ def train_it(model: MMLLM, pool: Pool, steps: int, batch: int = 48) -> list[floa
     """Projector and decoder learn to answer questions about pictures."""
     learn_only(model, model.projector, model.language_model)
     rng = random.Random(5)
-
-    def sample(scene: questions.Scene) -> tuple[str, str]:
-        question = questions.ask(scene, rng)
-        return question.text, question.answer
-
-    loss_at = picture_loss(model, pool, rng, batch, sample)
+    loss_at = picture_loss(model, pool, rng, batch, _question_sample)
     return fit("it", loss_at, (model.projector, model.language_model), steps=steps, lr=1e-3)
 
 
@@ -113,7 +104,7 @@ def picture_loss(
     pool: Pool,
     rng: random.Random,
     batch: int,
-    sample: Callable[[questions.Scene], tuple[str, str]],
+    sample: Callable[[questions.Scene, random.Random], tuple[str, str]],
 ) -> Callable[[int], torch.Tensor]:
     """The loss of random pictures of the pool, with the prompt and answer ``sample`` gives for each."""
 
@@ -122,7 +113,7 @@ def picture_loss(
         image_features = model.project(pool.image_embeds[chosen].float())
         rows: list[Row] = []
         for i in chosen:
-            prompt, answer = sample(pool.scenes[i])
+            prompt, answer = sample(pool.scenes[i], rng)
             given = encode_prompt(prompt, image_features.shape[1])
             rows.append((given, [*encode(answer), EOS]))
         return answer_loss(model, rows, image_features)
@@ -132,9 +123,19 @@ def picture_loss(
 
 def _text_sample(rng: random.Random) -> Row:
     scene = questions.random_scene(rng)
+    sample = _question_sample if rng.random() < 0.75 else _caption_sample
+    prompt, answer = sample(scene, rng)
+    given = f"{questions.sketch(scene)}{prompt}\n"
+    return [BOS, *encode(given)], [*encode(answer), EOS]
+
+
+def _caption_sample(scene: questions.Scene, rng: random.Random) -> tuple[str, str]:
+    return rng.choice(questions.CAPTION_PROMPTS), questions.caption(scene)
+
+
+def _question_sample(scene: questions.Scene, rng: random.Random) -> tuple[str, str]:
     question = questions.ask(scene, rng)
-    prompt = f"{questions.caption(scene)}\n{question.text}\n"
-    return [BOS], [*encode(prompt + question.answer), EOS]
+    return question.text, question.answer
 
 
 def answer_loss(

@@ -38,7 +38,7 @@ def fit(
             with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
                 loss = loss_at(step)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
             schedule.step()

@@ -2,6 +2,7 @@
 """The demo's picture: held-out questions with the model's answers, and the loss of every stage."""
 
 import io
+import textwrap
 
 from mmkernels.train.evaluate import Exam, Score
 
@@ -24,7 +25,7 @@ def draw_figure(exam: Exam, score: Score, losses: dict[str, list[float]]) -> byt
         question, right = exam.questions[i], score.right[i]
         verdict = "(right)" if right else f"(wrong: is {question.answer})"
         answer = "".join(c if c.isprintable() else "?" for c in score.answers[i])
-        title = f"{question.text}\n{answer} {verdict}"
+        title = f"{textwrap.fill(question.text, 24)}\n{answer} {verdict}"
         axes.set_title(
             title, fontsize=9, color="darkgreen" if right else "crimson", parse_math=False
         )

@@ -12,7 +12,8 @@ from mmkernels.testing.case import Inputs
 
 OPS = ("patch_embed", "cross_attention")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOO_LONG = ("many_panels", "wide")  # for an interpreter; test_layouts.py has several tiles, too
+# For an interpreter; test_layouts.py has several tiles and groups, too.
+TOO_LONG = ("many_panels", "wide", "two_chunks", "a_chunk_of_one")
 
 
 def cases_of(op: str) -> ModuleType:

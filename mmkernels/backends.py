@@ -158,7 +158,9 @@ def register_triton(op: Op, module: str) -> None:
             return fallback(*args)
         if _ran is not None:
             _ran.append((name, "triton"))
-        return getattr(importlib.import_module(module), name)(*args)
+        launcher = getattr(importlib.import_module(module), name)
+        with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
+            return launcher(*args)
 
     LIB.impl(name, launch, "CUDA")
     _triton_ops.add(name)

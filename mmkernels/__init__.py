@@ -2,17 +2,27 @@
 """mmkernels: fused kernels for the multimodal front of MM-LLMs, as torch ops."""
 
 from mmkernels.backends import backend, load_native
-from mmkernels.ops import OPS, cross_attention, merge_embeddings, patch_embed, poll_errors
+from mmkernels.ops import (
+    OPS,
+    PackedPatches,
+    cross_attention,
+    merge_embeddings,
+    patch_embed,
+    patch_embed_packed,
+    poll_errors,
+)
 from mmkernels.version import __version__
 
 load_native()
 
 __all__ = [
     "OPS",
+    "PackedPatches",
     "__version__",
     "backend",
     "cross_attention",
     "merge_embeddings",
     "patch_embed",
+    "patch_embed_packed",
     "poll_errors",
 ]

@@ -55,20 +55,32 @@ def test_every_invalid_case_starts_from_a_valid_one(op: str) -> None:
 def test_the_op_itself_refuses_what_would_leave_its_memory() -> None:
     """Callers of torch.ops skip the Python checks; the kernel must still not read out of range."""
     ops = torch.ops.mmkernels
-    with pytest.raises(RuntimeError, match="patch_embed"):
+    exact = ([1, 4, 4], [], "exact", 1, False, "none", False, False)
+    weight, fixed = torch.zeros(4, 3, 1, 4, 4), (*exact[:5], "fixed", False, False)
+    pixels = torch.zeros(1, 3, 1, 8, 8)
+    with pytest.raises(RuntimeError, match=r"patch_embed: pixel_values .* got 9×8 pixels"):
         ops.patch_embed(
-            torch.zeros(1, 3, 9, 8), torch.zeros(4, 3, 4, 4), None, None, None, None, None
+            [torch.zeros(1, 3, 1, 9, 8)], weight, None, [], None, None, None, None, *exact
         )
-    with pytest.raises(RuntimeError, match="patch_embed"):
-        ops.patch_embed(
-            torch.zeros(1, 3, 8, 8),
-            torch.zeros(4, 3, 4, 4),
-            None,
-            torch.zeros(9, 4),
-            None,
-            None,
-            None,
-        )
+    with pytest.raises(RuntimeError, match=r"patch_embed: position_embed .* got 9 rows"):
+        table = [torch.zeros(9, 4)]
+        ops.patch_embed([pixels], weight, None, table, None, None, None, None, *fixed)
+    with pytest.raises(RuntimeError, match="patch_embed: position_mode needs 1 tables"):
+        ops.patch_embed([pixels], weight, None, [], None, None, None, None, *fixed)
+    with pytest.raises(RuntimeError, match="patch_embed: bias"):
+        ops.patch_embed([pixels], weight, torch.zeros(5), [], None, None, None, None, *exact)
+    with pytest.raises(RuntimeError, match="one number for each of 3 channels"):
+        ops.patch_embed([pixels], weight, None, [], None, None, [1.0], [0.0], *exact)
+    with pytest.raises(RuntimeError, match="patch_embed: stride"):
+        none = ([1, 0, 4], *exact[1:])
+        ops.patch_embed([pixels], weight, None, [], None, None, None, None, *none)
+    with pytest.raises(RuntimeError, match=r"sizes = .* of all rows"):
+        rows, one = [torch.zeros(5, 3)], torch.zeros(4, 3, 1, 1, 1)
+        uniform = ([1, 1, 1], [2, 3], *exact[2:])
+        ops.patch_embed(rows, one, None, [], None, None, None, None, *uniform)
+    with pytest.raises(RuntimeError, match="patch_embed_backward: grad"):
+        grad, needs = torch.zeros(3, 4), [False, True, False, False, False]
+        ops.patch_embed_backward(grad, [pixels], weight, None, None, None, 0, [], needs, *exact)
     with pytest.raises(RuntimeError, match="cross_attention"):
         ops.cross_attention(
             torch.zeros(1, 2, 8),

@@ -24,10 +24,10 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("no g++")
     out = tmp_path_factory.mktemp("headers") / "mmkernels_headers.so"
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-fsanitize=undefined", "-fno-sanitize=vptr",
+    flags = ["-O2", "-std=c++17", "-fPIC", "-shared", "-fsanitize=undefined", "-fno-sanitize=vptr",
              "-fno-sanitize-recover=all", "-static-libubsan", "-fvisibility=hidden"]  # fmt: skip
-    source = ROOT / "csrc/testing/module.cpp"
-    subprocess.run(["g++", *flags, *includes, str(source), "-o", str(out)], check=True)
+    sources = [str(ROOT / "csrc/testing/module.cpp"), str(ROOT / "csrc/common/gemm_cpu.cpp")]
+    subprocess.run(["g++", *flags, *includes, *sources, "-o", str(out)], check=True)
     spec = importlib.util.spec_from_file_location("mmkernels_headers", out)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -64,22 +64,81 @@ def test_16_bit_conversions_are_torchs(headers: Any) -> None:
         assert np.array_equal(back, wide, equal_nan=True)
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 5])
-def test_strips_cover_every_token_once(headers: Any, prefix: int) -> None:
-    for B, grid_h, grid_w in itertools.product((1, 3), (0, 1, 4), (1, 5)):
-        shape = headers.PatchShape(B, 3, grid_h * 2, grid_w * 3, 2, 3, prefix)
-        tokens = []
-        for strip in range(B * shape.strips()):
-            count = prefix if shape.is_prefix(strip) else grid_w
-            tokens += range(shape.first_token(strip), shape.first_token(strip) + count)
-        assert tokens == list(range(B * (prefix + grid_h * grid_w)))
-        assert shape.first_token(B * shape.strips()) == len(tokens)
+@pytest.mark.parametrize("limit", [1, 7, 64, 10_000])
+@pytest.mark.parametrize("merge", [1, 2, 3])
+def test_units_and_panels_cover_every_patch_once(headers: Any, merge: int, limit: int) -> None:
+    patch = headers.Patch(3, [1, 2, 3], [1, 2, 3], merge, 1, False)
+    grids = [(1, 2, 4), (2, 3, 1), (1, 0, 5), (3, 1, 9)]
+    grids = [(t, h * merge, w * merge) for t, h, w in grids]
+    images = [headers.Image([t, 2 * h, 3 * w], [t, h, w], 0, 0, False) for t, h, w in grids]
+    images.append(headers.Image([1, 1, 11], [1, 1, 11], 0, 0, True))
+    units, panels = headers.patch_units(patch, images, limit)
+    covered = [(i, j) for i, first, count in units for j in range(first, first + count)]
+    lengths = [*(t * h * w for t, h, w in grids), 11]
+    assert covered == [(i, j) for i, n in enumerate(lengths) for j in range(n)]
+    assert all(count <= max(limit, merge * merge) + merge * merge for _, _, count in units)
+    assert [b for b, _, _ in panels] == [0, *(e for _, e, _ in panels)][:-1]
+    assert panels[-1][1] == len(units)
+    assert [n for _, _, n in panels] == [sum(u[2] for u in units[b:e]) for b, e, _ in panels]
+
+
+@pytest.mark.parametrize("merge", [1, 2, 3])
+def test_places_are_those_of_the_reference(headers: Any, merge: int) -> None:
+    from mmkernels.ops.patch_embed.reference import merge_order
+
+    t, h, w = 2, 2 * merge, 3 * merge
+    image = headers.Image([t, h, w], [t, h, w], 7, 0, False)
+    places = torch.stack(torch.meshgrid(*map(torch.arange, (t, h, w)), indexing="ij"), -1)[None]
+    expected = merge_order(places, merge)[0].tolist()
+    assert [image.place(j, merge) for j in range(t * h * w)] == expected
+
+
+def test_prefix_tokens_lie_before_or_after(headers: Any) -> None:
+    image = headers.Image([1, 2, 3], [1, 2, 3], 10, 0, False)
+    first, last = (headers.Patch(3, [1, 1, 1], [1, 1, 1], 1, 4, x) for x in (False, True))
+    assert (image.prefix_from(first), image.patches_from(first)) == (10, 14)
+    assert (image.patches_from(last), image.prefix_from(last)) == (10, 16)
+
+
+def test_patch_counts_are_those_of_the_layout(headers: Any) -> None:
+    from mmkernels.ops.patch_embed.layout import patch_count
+
+    for size, patch, stride in itertools.product(range(12), range(1, 5), range(1, 6)):
+        for i, edge in enumerate(("exact", "pad", "crop")):
+            expected = patch_count(size, patch, stride, edge)
+            assert headers.patch_count(size, patch, stride, i) == expected, (size, patch, stride)
 
 
 def test_offsets_beyond_32_bits(headers: Any) -> None:
-    shape = headers.PatchShape(70_000, 3, 448, 448, 14, 14, 1)
-    assert shape.pixel_row(69_999, 2, 31, 13) == (69_999 * 3 + 2) * 448 * 448 + 447 * 448
-    assert shape.first_token(69_999 * 33) == 69_999 * 1025
+    patch = headers.Patch(3, [2, 14, 14], [2, 14, 14], 1, 1, False)
+    image = headers.Image([4000, 44800, 44800], [2000, 3200, 3200], 2**33, 0, False)
+    row = (2 * 4000 + 3999) * 44800 * 44800 + 44799 * 44800
+    assert image.pixel_row(patch, 2, 1999, 1, 3199, 13) == row
+    assert image.place(2000 * 3200 * 3200 - 1, 1) == [1999, 3199, 3199]
+    assert image.prefix_from(patch) == 2**33
+
+
+def test_taps_are_those_of_interpolate(headers: Any) -> None:
+    from mmkernels.ops.patch_embed.layout import Layout
+    from mmkernels.ops.patch_embed.reference import axis_matrix
+
+    like = torch.zeros(1, dtype=torch.float64)
+    kinds = [("nearest", False, False), ("bilinear", False, False), ("bilinear", True, False),
+             ("bicubic", False, False), ("bicubic", True, False), ("bilinear", False, True),
+             ("bicubic", False, True)]  # fmt: skip
+    names = ["none", "fixed", "nearest", "bilinear", "bicubic", "factorised"]
+    for n_out, n_in in itertools.product((1, 2, 3, 5, 7, 16, 27, 48), (1, 2, 3, 6, 16, 48)):
+        for mode, corners, antialias in kinds:
+            layout = Layout([], [], "exact", 1, False, mode, corners, antialias)
+            expected = axis_matrix(n_out, like, n_in, layout)
+            count, index, weight = headers.axis_taps(
+                n_out, n_in, names.index(mode), corners, antialias
+            )
+            got = torch.zeros(n_out, n_in, dtype=torch.float64)
+            rows = torch.arange(n_out).repeat_interleave(count)
+            values = torch.tensor(weight, dtype=torch.float64)
+            got.index_put_((rows, torch.tensor(index)), values, accumulate=True)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-13), (n_out, n_in, mode)
 
 
 def test_the_cuda_row_body_moves_every_byte(headers: Any) -> None:

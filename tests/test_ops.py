@@ -61,7 +61,7 @@ def test_the_native_kernel_ran(cases: ModuleType, case: Case) -> None:
     with which_kernel_ran() as ran:
         result(cases, cases.make_inputs(case, torch.float32))
     op = cases.__name__.split(".")[-2]
-    assert ran == {op: "native", f"{op}_backward": "native"}
+    assert {op, f"{op}_backward"} <= set(ran) and set(ran.values()) == {"native"}
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -211,11 +211,13 @@ def test_opcheck(op: str) -> None:
         for name, args in calls:
             overload = getattr(torch.ops.mmkernels, name).default
             torch.library.opcheck(overload, tuple(map(_detached, args)))
-            if not name.endswith("_backward"):
+            if name == op:
                 torch.library.opcheck(overload, _requiring(args))
 
 
 def _detached(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_detached(v) for v in value]
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
@@ -223,7 +225,7 @@ def _requiring(args: tuple[Any, ...]) -> tuple[Any, ...]:
     def visit(value: Any) -> Any:
         if isinstance(value, list):
             return [visit(v) for v in value]
-        wants = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() < 4
+        wants = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() != 4
         return value.detach().clone().requires_grad_() if wants else value
 
     return tuple(visit(a) for a in args)

@@ -1,300 +1,228 @@
 // SPDX-License-Identifier: Apache-2.0
-// Patch embedding on CPU. Each thread packs a panel of patches from raw pixels, multiplies it with torch's
-// GEMM and finishes its rows while they are in its cache. No image-sized float tensor exists in the forward.
+// Patch embedding on CPU, forward. The weight is packed once; each thread packs a panel of patches from raw
+// pixels, multiplies it and finishes its tokens, 32 columns at a time, while they are in its cache. No image-sized
+// tensor but the output exists. Every token is one fixed sum, so its bits depend on neither threads nor panels.
 #include <algorithm>
 
-#include "../common/aten.h"
-#include "patch_embed.h"
+#include "pack.h"
 
 namespace mmkernels::patch_embed {
+
+#define MMK_NORMALISE(T, E, Pixel)                                                                       \
+  MMK_MULTIARCH void normalise(const T*, E* to, const Pixel* from, int64_t stride, int64_t n, const Affine& affine) { \
+    normalise_body<T>(to, from, stride, n, affine);                                                      \
+  }
+MMK_NORMALISE(float, float, uint8_t)
+MMK_NORMALISE(float, float, float)
+MMK_NORMALISE(bf16, bf16, uint8_t)
+MMK_NORMALISE(bf16, bf16, float)
+MMK_NORMALISE(bf16, bf16, bf16)
+MMK_NORMALISE(bf16, float, uint8_t)
+MMK_NORMALISE(bf16, float, float)
+#undef MMK_NORMALISE
+
 namespace {
 
-constexpr int64_t kPanelRows = 384;  // enough for the GEMM to run at full speed, small enough for L2
+constexpr int64_t kColumns = gemm::kColumns;
+constexpr int64_t kPanelRows = 384;  // a panel and a packed block of the weight fit in L2
 
-// The four pairs that matter are compiled per instruction set; the others take the plain loop.
-#define MMK_ROW(T, Pixel)                                                                        \
-  MMK_MULTIARCH void normalise_row(T* to, const Pixel* from, int64_t stride, int64_t n, Affine a) { \
-    normalise_row_body(to, from, stride, n, a);                                                  \
-  }
-MMK_ROW(float, uint8_t)
-MMK_ROW(float, float)
-MMK_ROW(bf16, uint8_t)
-MMK_ROW(bf16, float)
-#undef MMK_ROW
-template <class T, class Pixel>
-void normalise_row(T* to, const Pixel* from, int64_t stride, int64_t n, Affine a) {
-  normalise_row_body(to, from, stride, n, a);
-}
+// One block of columns of a panel's tokens: product + bias + position, rounded once.
+template <class T>
+struct Block {
+  T* out;                 // column 0 of the block of token 0
+  int64_t D, columns, rows;
+  const int64_t* token;   // of each row
+  const acc_t<T>* product;
+  const acc_t<T>* bias;
+  const T* const* tables;  // of each tap, its table from the block's first column
+  const Tap<acc_t<T>>* taps;
+  int64_t n_taps;
+};
 
-template <class F>
-void dispatch_pixels(const Tensor& pixels, const F& f) {
-  if (pixels.scalar_type() == ScalarType::Byte)
-    f(static_cast<uint8_t*>(nullptr));
-  else
-    dispatch_float("patch_embed", pixels.scalar_type(), f);
-}
-
-Shape shape_of(const Tensor& pixels, const Tensor& weight, int64_t R) {
-  if (pixels.dim() != 4 || weight.dim() != 4 || pixels.size(1) != weight.size(1) ||
-      weight.size(2) < 1 || weight.size(3) < 1 || pixels.size(2) % weight.size(2) ||
-      pixels.size(3) % weight.size(3))
-    fail("patch_embed: pixel_values must be [B, C, H, W] in multiples of the patch of weight [D, C, P, P]");
-  return {pixels.size(0),   pixels.size(1),   pixels.size(2),   pixels.size(3),  weight.size(2),
-          weight.size(3),   R,                pixels.stride(0), pixels.stride(1), pixels.stride(2),
-          pixels.stride(3)};
-}
-
-using Numbers = std::optional<std::vector<double>>;
-
-std::vector<Affine> affines_of(const Shape& s, const Numbers& scale, const Numbers& shift) {
-  std::vector<Affine> affines(s.C);
-  if (scale && (static_cast<int64_t>(scale->size()) != s.C || !shift || shift->size() != scale->size()))
-    fail("patch_embed: pixel_scale and pixel_shift must have one number for each of ", s.C, " channels");
-  for (int64_t c = 0; scale && c < s.C; ++c) affines[c] = Affine::of((*scale)[c], (*shift)[c]);
-  return affines;
-}
-
-// The patches of one strip: [grid_w, K].
-template <class T, class Pixel>
-void pack_strip(T* to, const Pixel* pixels, const Shape& s, int64_t strip,
-                const std::vector<Affine>& affines, T* line) {
-  const int64_t b = strip / s.strips(), gy = s.patch_row(strip), K = s.K();
-  for (int64_t c = 0; c < s.C; ++c)
-    for (int64_t py = 0; py < s.P_h; ++py) {
-      normalise_row(line, pixels + s.pixel_row(b, c, gy, py), s.stride_w, s.W, affines[c]);
-      T* chunk = to + s.k_of(c, py);
-      for (int64_t gx = 0; gx < s.grid_w(); ++gx)
-        memcpy(chunk + gx * K, line + gx * s.P_w, s.P_w * sizeof(T));
+template <class T>
+MMK_INLINE void finish_columns(const Block<T>& b, int64_t columns) {
+  using A = acc_t<T>;
+  for (int64_t r = 0; r < b.rows; ++r) {
+    A sum[kColumns];
+    for (int64_t i = 0; i < kColumns; ++i) sum[i] = b.product[r * kColumns + i] + b.bias[i];
+    for (int64_t n = 0; n < b.n_taps; ++n) {
+      const Tap<A> tap = b.taps[r * b.n_taps + n];
+      const T* row = b.tables[n] + tap.row * b.D;
+      for (int64_t i = 0; i < columns; ++i) sum[i] += tap.weight * widen(row[i]);
     }
-}
-
-// Strips [begin, end) as GEMM rows; prefix tokens take rows of zeros so that token rows stay contiguous.
-template <class T, class Pixel>
-void pack_strips(T* panel, const Pixel* pixels, const Shape& s, int64_t begin, int64_t end,
-                 const std::vector<Affine>& affines) {
-  std::vector<T> line(s.W);
-  for (int64_t strip = begin; strip < end; ++strip) {
-    T* rows = panel + (s.first_token(strip) - s.first_token(begin)) * s.K();
-    if (s.is_prefix(strip))
-      memset(static_cast<void*>(rows), 0, s.R * s.K() * sizeof(T));
-    else
-      pack_strip(rows, pixels, s, strip, affines, line.data());
+    T* out = b.out + b.token[r] * b.D;
+    for (int64_t i = 0; i < columns; ++i) out[i] = Convert<T>::from(sum[i]);
   }
 }
+template <class T>
+MMK_INLINE void finish_body(const Block<T>& b) {
+  if (b.columns == kColumns) finish_columns(b, kColumns);  // unrolled
+  else finish_columns(b, b.columns);
+}
+MMK_MULTIARCH void finish(const Block<float>& b) { finish_body(b); }
+MMK_MULTIARCH void finish(const Block<bf16>& b) { finish_body(b); }
+void finish(const Block<f16>& b) { finish_body(b); }
+void finish(const Block<double>& b) { finish_body(b); }
 
 template <class T>
-void pack(T* panel, const Tensor& pixels, const Shape& s, int64_t begin, int64_t end,
-          const std::vector<Affine>& affines) {
-  dispatch_pixels(pixels, [&](auto* p) {
-    pack_strips(panel, data<pointee<decltype(p)>>(pixels), s, begin, end, affines);
+struct Rest {  // what is added to the product, and tokens that are none
+  std::vector<acc_t<T>> bias;
+  std::vector<const T*> tables;  // of each tap
+  const T* prefix = nullptr;
+};
+
+template <class T, class E>
+class Forward {
+  using A = acc_t<T>;
+
+ public:
+  Forward(const Plan& plan, const Positions& positions, const Packer<T, E>& packer, const Rest<T>& rest,
+          const E* weight, T* out, int64_t D)
+      : plan_(plan), positions_(positions), packer_(packer), rest_(rest), weight_(weight), out_(out), D_(D) {}
+
+  void run(const Tensor& like) const {
+    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const int64_t limit = std::clamp(ceil_div(plan_.patches, threads), int64_t{64}, kPanelRows);
+    const auto units = units_of(plan_.patch, plan_.images, limit);
+    const auto panels = panels_of(plan_.patch, plan_.images, units, limit);
+    int64_t rows = 0;
+    for (const Panel& panel : panels) rows = std::max(rows, panel.patches);
+    const int64_t lda = gemm::lda<E>(plan_.patch.K()), count = static_cast<int64_t>(panels.size());
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      const Tensor a = empty(like, {rows * lda}, dtype_of<E>()), c = empty(like, {rows * kColumns}, dtype_of<A>());
+      for (int64_t i = begin; i < end; ++i)
+        multiply(panels[i], units, mutable_data<E>(a), lda, mutable_data<A>(c));
+    });
+    write_prefixes();
+  }
+
+ private:
+  void multiply(const Panel& panel, const std::vector<Unit>& units, E* a, int64_t lda, A* c) const {
+    const int64_t K = plan_.patch.K(), taps = positions_.taps();
+    std::vector<E> line;
+    std::vector<int64_t> token;
+    std::vector<Tap<A>> of_rows(panel.patches * taps);
+    for (int64_t u = panel.begin; u < panel.end; ++u) {
+      const Unit& unit = units[u];
+      const Image& image = plan_.images[unit.image];
+      packer_.pack(a + static_cast<int64_t>(token.size()) * lda, lda, unit, line);
+      const int64_t first = unit.first(plan_.patch, image), count = unit.patches(plan_.patch, image);
+      for (int64_t j = first; j < first + count; ++j) {
+        positions_.of(unit.image, j, of_rows.data() + token.size() * taps);
+        token.push_back(image.patches_from(plan_.patch) + j);
+      }
+    }
+    std::vector<const T*> tables(taps);
+    for (int64_t j = 0; j < ceil_div(D_, kColumns); ++j) {
+      const int64_t column = j * kColumns;
+      gemm::multiply(a, lda, panel.patches, K, gemm::packed_block(weight_, K, j), c, kColumns, false);
+      for (int64_t n = 0; n < taps; ++n) tables[n] = rest_.tables[n] + column;
+      finish(Block<T>{out_ + column, D_, min64(kColumns, D_ - column), panel.patches, token.data(), c,
+                      rest_.bias.data() + column, tables.data(), of_rows.data(), taps});
+    }
+  }
+
+  void write_prefixes() const {
+    const int64_t R = plan_.patch.R, count = static_cast<int64_t>(plan_.images.size());
+    if (R == 0) return;
+    torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t r = 0; r < R; ++r) {
+          T* to = out_ + (plan_.images[i].prefix_from(plan_.patch) + r) * D_;
+          const T* from = rest_.prefix + r * D_;
+          const bool placed = r < positions_.rows_of_prefix();
+          const T* position = placed ? rest_.tables[0] + positions_.prefix_row(r) * D_ : nullptr;
+          for (int64_t d = 0; d < D_; ++d)
+            to[d] = placed ? Convert<T>::from(widen(from[d]) + widen(position[d])) : from[d];
+        }
+    });
+  }
+
+  const Plan& plan_;
+  const Positions& positions_;
+  const Packer<T, E>& packer_;
+  const Rest<T>& rest_;
+  const E* weight_;
+  T* out_;
+  int64_t D_;
+};
+
+struct Arguments {
+  const std::vector<Tensor>& images;
+  const Tensor &weight, &out;
+  const OptionalTensor &bias, &prefix;
+  const std::vector<Tensor>& tables;
+  const std::vector<Affine>& affines;
+};
+
+template <class T>
+Rest<T> rest_of(const Arguments& x, int64_t D) {
+  Rest<T> rest;
+  rest.bias.assign(ceil_div(D, kColumns) * kColumns, 0);
+  for (int64_t d = 0; x.bias && d < D; ++d) rest.bias[d] = widen(data<T>(x.bias)[d]);
+  for (const Tensor& table : x.tables) rest.tables.push_back(data<T>(table));
+  if (x.tables.size() == 2) rest.tables[1] -= x.tables[0].size(0) * D;  // rows are counted through both
+  rest.prefix = data<T>(x.prefix);
+  return rest;
+}
+
+template <class T, class E>
+void embed(const Plan& plan, const Positions& positions, const Arguments& x) {
+  const int64_t D = x.weight.size(0), K = plan.patch.K(), blocks = ceil_div(D, kColumns);
+  const Tensor packed = empty(x.weight, {gemm::packed_elements<E>(D, K)}, dtype_of<E>());
+  torch::stable::parallel_for(0, plan.patches ? blocks : 0, 1, [&](int64_t begin, int64_t end) {
+    gemm::pack_b(mutable_data<E>(packed), data<T>(x.weight), D, K, K, int64_t{1}, begin, end);
   });
+  Rest<T> rest = rest_of<T>(x, D);
+  rest.tables.resize(std::max<int64_t>(positions.taps(), rest.tables.size()),
+                     rest.tables.empty() ? nullptr : rest.tables[0]);
+  const ScalarType pixels = x.images.empty() ? ScalarType::Byte : x.images[0].scalar_type();
+  const Packer<T, E> packer(plan, x.affines, pixels);
+  Forward<T, E>(plan, positions, packer, rest, data<E>(packed), mutable_data<T>(x.out), D).run(x.weight);
 }
 
-template <class T>
-MMK_INLINE void add_row_body(T* to, const T* from, const T* more, int64_t D) {
-  for (int64_t i = 0; i < D; ++i) to[i] = Convert<T>::from(widen(from[i]) + widen(more[i]));
-}
-MMK_MULTIARCH void add_row(float* to, const float* a, const float* b, int64_t D) { add_row_body(to, a, b, D); }
-MMK_MULTIARCH void add_row(bf16* to, const bf16* a, const bf16* b, int64_t D) { add_row_body(to, a, b, D); }
-void add_row(f16* to, const f16* a, const f16* b, int64_t D) { add_row_body(to, a, b, D); }
-void add_row(double* to, const double* a, const double* b, int64_t D) { add_row_body(to, a, b, D); }
-
-// Writes the prefix rows and adds the position rows to tokens [begin, end) of all images.
-template <class T>
-void finish_rows(T* out, const Shape& s, int64_t begin, int64_t end, int64_t D, const T* position,
-                 int64_t position_rows, const T* prefix) {
-  const int64_t positioned = position_rows - s.N();  // prefix tokens that have a position
-  for (int64_t token = begin; token < end; ++token) {
-    const int64_t r = token % s.tokens();
-    T* row = out + token * D;
-    const T* source = r < s.R ? prefix + r * D : row;
-    const int64_t p = r < s.R ? r : r - s.R + positioned;
-    if (position && (r >= s.R || r < positioned))
-      add_row(row, source, position + p * D, D);
-    else if (r < s.R)
-      memcpy(static_cast<void*>(row), source, D * sizeof(T));
-  }
-}
-
-void check_rows(const Shape& s, const Tensor& weight, const OptionalTensor& bias,
-                const OptionalTensor& position, const OptionalTensor& prefix) {
+void check_rest(const Tensor& weight, const OptionalTensor& bias, const std::vector<Tensor>& tables,
+                const OptionalTensor& prefix) {
   const int64_t D = weight.size(0);
-  const auto fits = [&](const OptionalTensor& t, int64_t dims) {
-    return !t || (t->dim() == dims && t->size(dims - 1) == D && t->scalar_type() == weight.scalar_type());
+  const auto fits = [&](const Tensor& t) {
+    return t.dim() > 0 && t.size(t.dim() - 1) == D && t.scalar_type() == weight.scalar_type();
   };
-  if (!fits(bias, 1) || !fits(position, 2) || !fits(prefix, 2))
-    fail("patch_embed: bias [D], position_embed [rows, D] and prefix_tokens [R, D] must fit weight");
-  if (position && (position->size(0) < s.N() || position->size(0) > s.tokens()))
-    fail("patch_embed: position_embed must have ", s.N(), " to ", s.tokens(), " rows, got ",
-         position->size(0));
+  bool all = (!bias || (fits(*bias) && bias->dim() == 1)) && (!prefix || (fits(*prefix) && prefix->dim() == 2));
+  for (const Tensor& table : tables) all = all && fits(table);
+  if (!all) fail("patch_embed: bias [D], positions [..., D] and prefix_tokens [R, D] must fit weight [D, ...]");
 }
 
-// How many strips make a panel, and how many rows it then has at most.
-int64_t panel_strips(const Shape& s) {
-  return std::max<int64_t>(1, kPanelRows / std::max<int64_t>(1, s.grid_w()));
+Sizes shape_of(const std::vector<Tensor>& tables, Mode mode) {
+  const size_t expected = mode == Mode::none ? 0 : mode == Mode::factorised ? 2 : 1;
+  if (tables.size() != expected) fail("patch_embed: position_mode needs ", expected, " tables, got ", tables.size());
+  Sizes shape;
+  for (const Tensor& table : tables)
+    for (int64_t i = 0; i + 1 < table.dim(); ++i) shape.push_back(table.size(i));
+  return shape;
 }
 
-template <class T>
-void embed(const Shape& s, const Tensor& pixels, const Tensor& weight, const OptionalTensor& bias,
-           const OptionalTensor& position, const OptionalTensor& prefix,
-           const std::vector<Affine>& affines, const Tensor& out) {
-  const int64_t D = weight.size(0), K = s.K(), strips = s.B * s.strips(), step = panel_strips(s);
-  const int64_t rows = std::min(s.B * s.tokens(), step * std::max(s.grid_w(), s.R));
-  const ScalarType dtype = weight.scalar_type();
-  T* tokens = mutable_data<T>(out);
-  const auto scratch = [&] { return empty(weight, {rows, K}); };
-  for_each_block(ceil_div(strips, step), scratch, [&](int64_t i, const Tensor& panel) {
-    const int64_t begin = i * step, end = std::min(begin + step, strips);
-    const int64_t first = s.first_token(begin), count = s.first_token(end) - first;
-    pack(mutable_data<T>(panel), pixels, s, begin, end, affines);
-    linear_out(rows_blob(panel.data_ptr(), count, K, dtype), rows_blob(weight.data_ptr(), D, K, dtype),
-               bias ? OptionalTensor(blob(bias->data_ptr(), {D}, {1}, dtype)) : std::nullopt,
-               rows_blob(tokens + first * D, count, D, dtype));
-    if (position || prefix)
-      finish_rows(tokens, s, first, first + count, D, data<T>(position),
-                  position ? position->size(0) : 0, data<T>(prefix));
-  });
-}
-
-Tensor forward(const Tensor& pixels, const Tensor& weight, const OptionalTensor& bias,
-               const OptionalTensor& position, const OptionalTensor& prefix, Numbers scale,
-               Numbers shift) {
-  const Shape s = shape_of(pixels, weight, prefix ? prefix->size(0) : 0);
-  check_rows(s, weight, bias, position, prefix);
-  Tensor out = empty(weight, {s.B, s.tokens(), weight.size(0)});
+Tensor forward(std::vector<Tensor> images, const Tensor& weight_, const OptionalTensor& bias_,
+               std::vector<Tensor> tables, const OptionalTensor& prefix_, const OptionalTensor& grid_thw,
+               Numbers scale, Numbers shift, Sizes stride, Sizes sizes, std::string edge, int64_t merge_size,
+               bool prefix_last, std::string mode, bool align_corners, bool antialias) {
+  const Layout layout = layout_of(stride, sizes, edge, merge_size, prefix_last, mode, align_corners, antialias);
+  const Plan plan = plan_of(images, weight_, prefix_ ? prefix_->size(0) : 0, grid_thw, layout);
+  check_rest(weight_, bias_, tables, prefix_);
+  const Positions positions(plan, shape_of(tables, layout.mode), layout);
+  const auto affines = affines_of(plan.patch.C, scale, shift);
+  const Tensor out = empty(weight_, {plan.tokens, weight_.size(0)});
   if (out.numel() == 0) return out;
-  const auto affines = affines_of(s, scale, shift);
-  dispatch_float("patch_embed", weight.scalar_type(), [&](auto* tag) {
-    embed<pointee<decltype(tag)>>(s, pixels, aligned(weight), contiguous(bias), contiguous(position),
-                                  contiguous(prefix), affines, out);
+  const Tensor weight = torch::stable::contiguous(weight_);
+  const OptionalTensor bias = contiguous(bias_), prefix = contiguous(prefix_);
+  for (Tensor& table : tables) table = torch::stable::contiguous(table);
+  const Arguments x{images, weight, out, bias, prefix, tables, affines};
+  for_product(weight.scalar_type(), [&](auto* t, auto* e) {
+    embed<pointee<decltype(t)>, pointee<decltype(e)>>(plan, positions, x);
   });
   return out;
-}
-
-template <class T>
-MMK_INLINE void accumulate_body(acc_t<T>* sum, const T* row, int64_t D) {
-  for (int64_t i = 0; i < D; ++i) sum[i] += widen(row[i]);
-}
-MMK_MULTIARCH void accumulate(float* sum, const float* row, int64_t D) { accumulate_body(sum, row, D); }
-MMK_MULTIARCH void accumulate(float* sum, const bf16* row, int64_t D) { accumulate_body(sum, row, D); }
-void accumulate(float* sum, const f16* row, int64_t D) { accumulate_body(sum, row, D); }
-void accumulate(double* sum, const double* row, int64_t D) { accumulate_body(sum, row, D); }
-
-// dbias, dposition and dprefix from one reading of grad: first the sum over images for every token of an
-// image (its rows are dposition and dprefix), then the sum of the patch rows (dbias). Fixed order.
-template <class T>
-void sum_tokens(const T* grad, const Shape& s, int64_t D, int64_t position_rows, const Tensor& d_bias,
-                const Tensor& d_position, const Tensor& d_prefix) {
-  using A = acc_t<T>;
-  const bool bias = d_bias.numel(), position = d_position.numel(), prefix = d_prefix.numel();
-  const int64_t positioned = position_rows - s.N(), block = 16;
-  std::vector<A> partial(bias ? ceil_div(s.tokens(), block) * D : 0, A(0));
-  torch::stable::parallel_for(0, ceil_div(s.tokens(), block), 1, [&](int64_t from, int64_t to) {
-    std::vector<A> sum(D);
-    for (int64_t i = from; i < to; ++i)
-      for (int64_t r = i * block; r < std::min((i + 1) * block, s.tokens()); ++r) {
-        std::fill(sum.begin(), sum.end(), A(0));
-        for (int64_t b = 0; b < s.B; ++b) accumulate(sum.data(), grad + (b * s.tokens() + r) * D, D);
-        const auto store = [&](T* row) {
-          for (int64_t c = 0; c < D; ++c) row[c] = Convert<T>::from(sum[c]);
-        };
-        if (prefix && r < s.R) store(mutable_data<T>(d_prefix) + r * D);
-        if (position && r < s.R && r < positioned) store(mutable_data<T>(d_position) + r * D);
-        if (position && r >= s.R) store(mutable_data<T>(d_position) + (r - s.R + positioned) * D);
-        if (bias && r >= s.R)
-          for (int64_t c = 0; c < D; ++c) partial[i * D + c] += sum[c];
-      }
-  });
-  if (!bias) return;
-  std::vector<A> sum(D, A(0));
-  for (size_t i = 0; i < partial.size(); ++i) sum[i % D] += partial[i];
-  for (int64_t c = 0; c < D; ++c) mutable_data<T>(d_bias)[c] = Convert<T>::from(sum[c]);
-}
-
-// grad without its prefix rows, [B·N, D].
-Tensor patch_grads(const Tensor& grad, const Shape& s, int64_t D) {
-  if (s.R == 0) return torch::stable::view(grad, {s.B * s.N(), D});
-  Tensor patches = empty(grad, {s.B * s.N(), D});
-  const int64_t bytes = D * grad.element_size();
-  torch::stable::parallel_for(0, s.B, 1, [&](int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; ++b)
-      memcpy(mutable_data<char>(patches) + b * s.N() * bytes,
-             data<char>(grad) + (b * s.tokens() + s.R) * bytes, s.N() * bytes);
-  });
-  return patches;
-}
-
-// dpixels = scale · (grad · weight) laid back into the image.
-template <class T, class Pixel>
-void unpack_strips(Pixel* to, const T* rows, const Shape& s, const std::vector<Affine>& affines) {
-  const int64_t K = s.K();
-  torch::stable::parallel_for(0, s.B * s.grid_h(), 1, [&](int64_t from, int64_t end) {
-    for (int64_t strip = from; strip < end; ++strip)
-      for (int64_t c = 0; c < s.C; ++c)
-        for (int64_t py = 0; py < s.P_h; ++py) {
-          const int64_t b = strip / s.grid_h(), gy = strip % s.grid_h();
-          Pixel* line = to + ((b * s.C + c) * s.H + gy * s.P_h + py) * s.W;
-          const T* chunk = rows + strip * s.grid_w() * K + s.k_of(c, py);
-          for (int64_t gx = 0; gx < s.grid_w(); ++gx)
-            for (int64_t px = 0; px < s.P_w; ++px)
-              line[gx * s.P_w + px] = Convert<Pixel>::from(static_cast<acc_t<Pixel>>(
-                  widen(chunk[gx * K + px]) * static_cast<acc_t<T>>(affines[c].scale)));
-        }
-  });
-}
-
-// All patches [B·N, K]: what the weight gradient multiplies.
-template <class T>
-void pack_all(T* panel, const Tensor& pixels, const Shape& s, const std::vector<Affine>& affines) {
-  torch::stable::parallel_for(0, s.B * s.strips(), 1, [&](int64_t begin, int64_t end) {
-    pack(panel + s.first_token(begin) * s.K(), pixels, s, begin, end, affines);
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_, const Tensor& pixels, const Tensor& weight, Numbers scale, Numbers shift,
-    int64_t prefix_rows, int64_t position_rows, std::vector<bool> needs) {
-  Shape s = shape_of(pixels, weight, prefix_rows);
-  const int64_t D = weight.size(0), K = s.K(), rows = s.B * s.N();
-  const Tensor grad = aligned(grad_);
-  const auto affines = affines_of(s, scale, shift);
-  const auto zeros = [&](bool need, Sizes sizes) {  // zero-size inputs leave the sums at 0
-    return torch::stable::new_zeros(weight, need ? sizes : Sizes{0});
-  };
-  Tensor d_pixels = empty(pixels, needs[0] ? Sizes{s.B, s.C, s.H, s.W} : Sizes{0});
-  Tensor d_weight = zeros(needs[1], {D, s.C, s.P_h, s.P_w}), d_bias = zeros(needs[2], {D});
-  Tensor d_position = zeros(needs[3], {position_rows, D}), d_prefix = zeros(needs[4], {prefix_rows, D});
-  if (grad.numel() && (needs[2] || needs[3] || needs[4]))
-    dispatch_float("patch_embed", grad.scalar_type(), [&](auto* tag) {
-      using T = pointee<decltype(tag)>;
-      sum_tokens(data<T>(grad), s, D, position_rows, d_bias, d_position, d_prefix);
-    });
-  if (rows == 0 || D == 0 || K == 0 || !(needs[0] || needs[1])) {
-    if (needs[0]) torch::stable::zero_(d_pixels);
-    return {d_pixels, d_weight, d_bias, d_position, d_prefix};
-  }
-  const Tensor patches = patch_grads(grad, s, D), panel = empty(weight, {rows, K});
-  s.R = 0;  // from here on only patches
-  dispatch_float("patch_embed", weight.scalar_type(), [&](auto* t) {
-    using T = pointee<decltype(t)>;
-    if (needs[1]) {
-      pack_all(mutable_data<T>(panel), pixels, s, affines);
-      mm_blocked(patches.data_ptr(), D, rows, 1, D, panel, d_weight.data_ptr(), weight.scalar_type(), sizeof(T));
-    }
-    if (!needs[0]) return;
-    const Tensor w = torch::stable::view(aligned(weight), {D, K});
-    mm_blocked(patches.data_ptr(), rows, D, D, 1, w, panel.data_ptr(), weight.scalar_type(), sizeof(T));
-    dispatch_float("patch_embed", pixels.scalar_type(), [&](auto* p) {
-      unpack_strips(mutable_data<pointee<decltype(p)>>(d_pixels), data<T>(panel), s, affines);
-    });
-  });
-  return {d_pixels, d_weight, d_bias, d_position, d_prefix};
 }
 
 }  // namespace
 }  // namespace mmkernels::patch_embed
 
-STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
-  m.impl("patch_embed", TORCH_BOX(&mmkernels::patch_embed::forward));
-  m.impl("patch_embed_backward", TORCH_BOX(&mmkernels::patch_embed::backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) { m.impl("patch_embed", TORCH_BOX(&mmkernels::patch_embed::forward)); }

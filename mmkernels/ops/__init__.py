@@ -3,8 +3,16 @@
 
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
-from mmkernels.ops.patch_embed import patch_embed
+from mmkernels.ops.patch_embed import PackedPatches, patch_embed, patch_embed_packed
 
 OPS = ("patch_embed", "cross_attention", "merge_embeddings")
 
-__all__ = ["OPS", "cross_attention", "merge_embeddings", "patch_embed", "poll_errors"]
+__all__ = [
+    "OPS",
+    "PackedPatches",
+    "cross_attention",
+    "merge_embeddings",
+    "patch_embed",
+    "patch_embed_packed",
+    "poll_errors",
+]

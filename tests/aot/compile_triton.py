@@ -85,6 +85,38 @@ class NamedGpu:
 
 def _patch_embed(
     dtype: torch.dtype,
+    images: list[torch.Tensor],
+    weight: tuple[int, ...],
+    *,
+    stride: tuple[int, ...] | None = None,
+    sizes: tuple[int, ...] = (),
+    edge: str = "exact",
+    merge: int = 1,
+    mode: str = "none",
+    antialias: bool = False,
+    tables: tuple[tuple[int, ...], ...] = (),
+    R: int = 0,
+    bias: bool = True,
+    grid_thw: torch.Tensor | None = None,
+    affine: tuple[list[float] | None, list[float] | None] = (None, None),
+) -> None:
+    """Forward and every gradient, as the op calls the launchers."""
+    D, C, *patch = weight
+    w = _meta(*weight, dtype=dtype)
+    b = _meta(D, dtype=dtype) if bias else None
+    positions = [_meta(*shape, D, dtype=dtype) for shape in tables]
+    prefix = _meta(R, D, dtype=dtype) if R else None
+    layout = (
+        list(stride or patch), list(sizes), edge, merge, False, mode if tables else "none", False, antialias
+    )  # fmt: skip
+    out = patch_embed.patch_embed(images, w, b, positions, prefix, grid_thw, *affine, *layout)
+    needs = [images[0].is_floating_point(), True, True, bool(tables), R > 0]
+    rows = [n for shape in tables for n in shape]
+    patch_embed.patch_embed_backward(out, images, w, grid_thw, *affine, R, rows, needs, *layout)
+
+
+def _batch(
+    dtype: torch.dtype,
     B: int,
     side: int,
     P: int,
@@ -93,15 +125,57 @@ def _patch_embed(
     extras: bool = True,
 ) -> None:
     N, R = (side // P) ** 2, int(extras)
-    x = _meta(B, 3, side, side, dtype=pixels)
-    weight = _meta(D, 3, P, P, dtype=dtype)
-    bias, position, prefix = (
-        _meta(*s, dtype=dtype) if extras else None for s in ((D,), (R + N, D), (R, D))
+    _patch_embed(
+        dtype, [_meta(B, 3, 1, side, side, dtype=pixels)], (D, 3, 1, P, P), mode="fixed",
+        tables=((R + N,),) if extras else (), R=R, bias=extras,
+        affine=AFFINE if extras else (None, None),
+    )  # fmt: skip
+
+
+def _qwen3_vl(dtype: torch.dtype) -> None:
+    """Still images of several sizes; the weight of two frames is summed before."""
+    images = [_meta(3, h, w, dtype=torch.uint8) for h, w in ((448, 672), (1024, 768), (256, 320))]
+    _patch_embed(
+        dtype,
+        images,
+        (1152, 3, 1, 16, 16),
+        merge=2,
+        mode="bilinear",
+        tables=((48, 48),),
+        affine=AFFINE,
     )
-    affine = AFFINE if extras else (None, None)
-    out = patch_embed.patch_embed(x, weight, bias, position, prefix, *affine)
-    needs = [pixels.is_floating_point, True, True, True, True]
-    patch_embed.patch_embed_backward(out, x, weight, *affine, R, R + N, needs)
+
+
+def _packed_any(dtype: torch.dtype) -> None:
+    """What lists may also be: odd sides, padded, float, patch 14, cubic and antialiased positions."""
+    images = [_meta(3, h, w, dtype=torch.float32) for h, w in ((451, 673), (1021, 767))]
+    _patch_embed(
+        dtype, images, (1152, 3, 1, 14, 14), edge="pad", mode="bicubic", antialias=True,
+        tables=((27, 27),), R=1, affine=AFFINE,
+    )  # fmt: skip
+
+
+def _video(dtype: torch.dtype, edge: str = "exact") -> None:
+    frames = 17 if edge == "pad" else 16
+    _patch_embed(
+        dtype, [_meta(8, 3, frames, 224, 224, dtype=dtype)], (768, 3, 2, 16, 16), edge=edge, mode="fixed",
+        tables=(((frames + 1) // 2 * 196,),), affine=AFFINE,
+    )  # fmt: skip
+
+
+def _audio(dtype: torch.dtype) -> None:
+    """AST: patches of 16 every 10."""
+    _patch_embed(
+        dtype, [_meta(16, 1, 1, 128, 1024, dtype=torch.float32)], (768, 1, 1, 16, 16), stride=(1, 10, 10),
+        edge="crop", mode="fixed", tables=((2 + 12 * 101,),), R=2,
+    )  # fmt: skip
+
+
+def _rows(dtype: torch.dtype, K: int, D: int, affine: Any = (None, None), **positions: Any) -> None:
+    _patch_embed(
+        dtype, [_meta(16384, K, dtype=torch.float32)], (D, K, 1, 1, 1), merge=2, affine=affine,
+        grid_thw=_meta(24, 3, dtype=torch.int64), **positions,
+    )  # fmt: skip
 
 
 def _cross_attention(
@@ -136,11 +210,24 @@ def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 # fp16 differs from bf16 in nothing but the instruction's type: two cases show that it compiles.
 CASES: dict[str, Callable[[torch.dtype], None]] = {
-    "clip_l14_336": lambda t: _patch_embed(t, 64, 336, 14, 1024),
-    "clip_l14_b4": lambda t: _patch_embed(t, 4, 336, 14, 1024),
-    "vit_b16_float_b1": lambda t: _patch_embed(t, 1, 224, 16, 768, pixels=t, extras=False),
-    "vit_b16_f32_pix": lambda t: _patch_embed(t, 64, 224, 16, 768, pixels=torch.float32),
-    "patch_of_ones": lambda t: _patch_embed(t, 1, 1, 1, 1, extras=False),
+    "clip_l14_336": lambda t: _batch(t, 64, 336, 14, 1024),
+    "clip_l14_b4": lambda t: _batch(t, 4, 336, 14, 1024),
+    "vit_b16_float_b1": lambda t: _batch(t, 1, 224, 16, 768, pixels=t, extras=False),
+    "vit_b16_f32_pix": lambda t: _batch(t, 64, 224, 16, 768, pixels=torch.float32),
+    "patch_of_ones": lambda t: _batch(t, 1, 1, 1, 1, extras=False),
+    "qwen3_vl_images": _qwen3_vl,
+    "packed_any": _packed_any,
+    "video_tubelets": _video,
+    "video_padded": lambda t: _video(t, "pad"),
+    "audio_ast": _audio,
+    "rows_qwen2_vl": lambda t: _rows(t, 1176, 1280),
+    "rows_gemma": lambda t: _rows(t, 768, 1152, mode="factorised", tables=((10240,), (10240,))),
+    "rows_siglip2": lambda t: _rows(
+        t, 768, 1152, mode="bilinear", antialias=True, tables=((16, 16),)
+    ),
+    "rows_normalised": lambda t: _rows(
+        t, 1176, 1280, affine=([0.01] * 1175 + [0.02], [0.1] * 1176), R=1
+    ),
     "blip2_layer": lambda t: _cross_attention(t, 16, 32, 257, 1408, 12, 64),
     "blip2_padded": lambda t: _cross_attention(t, 16, 32, 257, 1408, 12, 64, mask="bool"),
     "siglip_map_head": lambda t: _cross_attention(t, 16, 1, 729, 1152, 16, 72, shared=True),
@@ -190,7 +277,7 @@ def _row(kernel: Any, arch: int, options: dict[str, Any], case: str, dtype: str)
         kernel=kernel.metadata.name.strip("_").removesuffix("_kernel"), case=case, arch=arch, dtype=dtype,
         tile=tile, registers=found["REG"], spills=spills,
         shared=kernel.metadata.shared, wgmma="wgmma.mma_async" in kernel.asm["ptx"],
-        wants_wgmma=arch == 90 and dtype != "fp32" and rows >= 64,
+        wants_wgmma=arch == 90 and dtype != "fp32" and rows >= 64 and "tt.dot" in kernel.asm["ttir"],
     )  # fmt: skip
 
 

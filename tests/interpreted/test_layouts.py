@@ -17,18 +17,7 @@ cross_attention = importlib.import_module("mmkernels.ops.cross_attention.triton"
 
 
 def pixels_case(**sizes: object) -> Case:
-    default = {
-        "B": 2,
-        "C": 3,
-        "P": 4,
-        "D": 8,
-        "R": 0,
-        "S": 0,
-        "u8": True,
-        "norm": True,
-        "bias": True,
-    }
-    return Case("layout", {**default, **sizes})
+    return Case("layout", {**PIXELS.DEFAULTS, "S": 0, **sizes})
 
 
 def scattered(t: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,14 @@
 """The public ``patch_embed``: what it computes, and the checks before it does."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from mmkernels import checks
+from mmkernels.ops.patch_embed import arguments
+from mmkernels.ops.patch_embed.layout import OP, Layout, check_positions, sources
 from mmkernels.ops.patch_embed.op import FORWARD
-
-_OP = "patch_embed"
 
 
 def patch_embed(
@@ -16,31 +17,53 @@ def patch_embed(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    stride: int | Sequence[int] | None = None,
     rescale_factor: float | None = None,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
     position_embed: torch.Tensor | None = None,
     prefix_tokens: torch.Tensor | None = None,
+    prefix: str = "first",
+    patch_order: str = "cpp",
+    merge_size: int = 1,
+    grid_thw: torch.Tensor | None = None,
+    pad: bool = False,
+    crop: bool = False,
 ) -> torch.Tensor:
     """Embeds image patches: ``out[b, R+n] = weight · patch(b, n) + bias + position[n]``.
 
-    Equals rescale → normalise → ``Conv2d(stride=P)`` → flatten → concatenate the prefix tokens → add
+    Equals rescale → normalise → ``Conv2d``/``Conv3d`` → flatten → concatenate the prefix tokens → add
     positions, without the intermediate tensors: uint8 pixels are normalised where they are read.
 
     Args:
-        pixel_values: Images ``[B, C, H, W]``, uint8 or float, any strides (NHWC is a permuted view).
-            H and W in pixels, multiples of the patch. uint8 without ``rescale_factor`` means 0…255.
-        weight: ``[D, C, P_h, P_w]``, the layout of ``nn.Conv2d.weight``; float64, float32, float16 or
-            bfloat16. Its dtype is the output's and that of all other float arguments but the pixels.
+        pixel_values: Images ``[B, C, H, W]``, clips ``[B, C, T, H, W]``, or patches already cut,
+            ``[B, N, K]`` or ``[n, K]``; uint8 or float, any strides (NHWC and ``[B, T, C, H, W]`` are
+            permuted views). H and W in pixels. uint8 without ``rescale_factor`` means 0…255.
+        weight: ``[D, C, P_h, P_w]`` of a Conv2d, ``[D, C, P_t, P_h, P_w]`` of a Conv3d, or ``[D, K]`` of
+            a Linear; float64, float32, float16 or bfloat16. Its dtype is the output's and that of all
+            other float arguments but the pixels. A 4-D image under a temporal weight is a still frame
+            that would repeat P_t times: the weight is summed over time instead, in its dtype.
         bias: ``[D]``.
+        stride: Pixels from patch to patch: one number, (h, w) or (t, h, w). Default: the patch. Smaller,
+            patches overlap (audio). With a ``[D, K]`` weight it also tells the patch (default: square).
         rescale_factor: Pixels are multiplied by it first; 1/255 in most processors.
         image_mean, image_std: One number a channel; ``(pixel · rescale_factor - mean) / std``.
         position_embed: ``[N, D]`` (patches only), ``[R+N, D]``, or ``[S+N, D]`` with S < R (the first
-            S prefix tokens), a leading 1 allowed; patches in raster order.
+            S prefix tokens), a leading 1 allowed; in the order of the sequence, patches raster (t, h, w).
         prefix_tokens: ``[R, D]`` (a leading 1 allowed) or ``[D]``: cls, distillation, register tokens.
+        prefix: ``"first"`` or ``"last"`` (Llama 4): before or after the patches.
+        patch_order: K of a ``[D, K]`` weight or of rows: ``"cpp"`` (channel, t, h, w) or ``"ppc"``
+            (t, h, w, channel: SigLIP2, Gemma, Pix2Struct).
+        merge_size: m > 1 gives the tokens of each m×m block one after the other (Qwen2-VL), with their
+            positions. Rows are in that order already; then ``grid_thw`` tells the grids.
+        grid_thw: With rows ``[n, K]``: int64 ``[images, 3]``, the grid of each image.
+        pad: Fills the last patch of an axis that does not divide: pixels by 0 after normalising, time by
+            the last frame.
+        crop: Leaves a rest of pixels or frames out, as convolutions do. Default: a rest is an error.
 
     Returns:
-        ``[B, R+N, D]``, contiguous, in the weight's dtype (the autocast dtype under autocast).
+        ``[B, R+N, D]``, contiguous, in the weight's dtype (the autocast dtype under autocast). For rows
+        ``[n, K]``: ``[n + images·R, D]``, images one after the other (one image without ``grid_thw``).
 
     Gradients: weight, bias, position_embed, prefix_tokens, and pixel_values if they are float.
 
@@ -48,111 +71,94 @@ def patch_embed(
         ValueError, TypeError: A shape, dtype or device does not fit; names argument, got, expected.
 
     Numerics: normalised to fp32 accuracy, rounded to the weight's dtype, accumulated in fp32 (fp64 for
-        float64). Same bits for any number of CPU threads.
+        float64); bias and position are added there and the sum rounds once. Same bits for any number of
+        CPU threads.
 
     Source: ViT (Dosovitskiy et al. 2021), section 3.1; ``CLIPVisionEmbeddings``,
-        ``SiglipVisionEmbeddings``, ``Blip2VisionEmbeddings`` of transformers.
+        ``Qwen2VLPatchEmbed``, ``Siglip2VisionEmbeddings``, ``ASTPatchEmbeddings`` of transformers.
     """
-    N = _check_images(pixel_values, weight, bias)
-    prefix = _prefix(prefix_tokens, weight)
-    position = _position(position_embed, weight, N, 0 if prefix is None else prefix.shape[0])
-    scale, shift = _affine(pixel_values.shape[1], rescale_factor, image_mean, image_std)
-    tokens: torch.Tensor = FORWARD(pixel_values, weight, bias, position, prefix, scale, shift)
-    return tokens
-
-
-def _check_images(
-    pixel_values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> int:
-    if pixel_values.dim() != 4:
-        checks.fail(_OP, "pixel_values", list(pixel_values.shape), "[B, C, H, W]")
-    if pixel_values.dtype != torch.uint8:
-        checks.floating(_OP, "pixel_values (unless uint8)", pixel_values)
-    if weight.dim() != 4:
-        checks.fail(_OP, "weight", list(weight.shape), "[D, C, P_h, P_w]")
-    checks.floating(_OP, "weight", weight)
-    B, C, H, W = pixel_values.shape
-    D, C_w, P_h, P_w = weight.shape
-    if pixel_values.device != weight.device:
-        checks.fail(
-            _OP, "pixel_values", pixel_values.device, f"on the device of weight, {weight.device}"
+    arguments.check_merge(merge_size, prefix)
+    if pixel_values.dim() in (2, 3):
+        values, conv, scale, shift, sizes = _rows(
+            pixel_values, weight, patch_order, grid_thw, rescale_factor, image_mean, image_std
         )
-    if C != C_w:
-        checks.fail(_OP, "weight", list(weight.shape), f"[D, {C}, P_h, P_w] for {C}-channel images")
-    if P_h == 0 or P_w == 0:
-        checks.fail(
-            _OP, "weight", list(weight.shape), "[D, C, P_h, P_w] with a patch of at least 1×1"
-        )
-    if H % P_h or W % P_w:
-        checks.fail(_OP, "pixel_values", f"{H}×{W} pixels", f"a multiple of the {P_h}×{P_w} patch")
-    if bias is not None:
-        checks.like(_OP, "bias", bias, weight, "weight")
-        checks.shape(_OP, "bias", bias, (D,), "[D]")
-    return (H // P_h) * (W // P_w)
+        stride = [1, 1, 1]
+    else:
+        values, conv, stride = _images(pixel_values, weight, stride, patch_order, grid_thw)
+        scale, shift = arguments.affine_of(values.shape[1], rescale_factor, image_mean, image_std)
+        sizes = []
+    arguments.check_pixels("pixel_values", pixel_values, weight)
+    bias, prefix_tokens = (
+        arguments.bias_of(bias, weight),
+        arguments.prefix_of(prefix_tokens, weight),
+    )
+    positions = _positions(position_embed, weight)
+    layout = Layout(
+        stride, sizes, arguments.edge_of(pad, crop), merge_size, prefix == "last",
+        "fixed" if positions else "none", False, False,
+    )  # fmt: skip
+    R = 0 if prefix_tokens is None else prefix_tokens.shape[0]
+    if pixel_values.dim() < 4 and grid_thw is None and merge_size > 1:
+        checks.fail(OP, "merge_size", merge_size, "1 for rows without grid_thw")
+    if grid_thw is None:
+        source = sources([values], conv.shape[1:], layout, None)[0]
+        check_positions([len(p) for p in positions], source, layout, R)
+    tokens: torch.Tensor = arguments.reworded(
+        FORWARD, [values], conv, bias, positions, prefix_tokens, grid_thw, scale, shift,
+        *vars(layout).values(),
+    )  # fmt: skip
+    if pixel_values.dim() == 2:
+        return tokens
+    return tokens.view(pixel_values.shape[0], R + source.patches, weight.shape[0])
 
 
-def _prefix(prefix_tokens: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
-    if prefix_tokens is None:
-        return None
-    checks.like(_OP, "prefix_tokens", prefix_tokens, weight, "weight")
-    D = weight.shape[0]
-    if prefix_tokens.dim() == 1:
-        prefix_tokens = prefix_tokens[None]
-    if prefix_tokens.dim() == 3 and prefix_tokens.shape[0] == 1:
-        prefix_tokens = prefix_tokens[0]
-    if prefix_tokens.dim() != 2 or prefix_tokens.shape[1] != D:
-        checks.fail(_OP, "prefix_tokens", list(prefix_tokens.shape), f"[R, D] with D = {D}")
-    return prefix_tokens
+def _images(
+    pixel_values: torch.Tensor,
+    weight: torch.Tensor,
+    stride: int | Sequence[int] | None,
+    patch_order: str,
+    grid_thw: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """``[B,C,T,H,W]``, the weight of a convolution, its stride."""
+    if pixel_values.dim() not in (4, 5):
+        shapes = "[B, C, H, W], [B, C, T, H, W], [B, N, K] or [n, K]"
+        checks.fail(OP, "pixel_values", list(pixel_values.shape), shapes)
+    if grid_thw is not None:
+        checks.fail(OP, "grid_thw", "a tensor", "None unless pixel_values are rows [n, K]")
+    still = pixel_values.dim() == 4
+    steps = arguments.stride_of(stride)
+    conv = arguments.weight_of_images(weight, pixel_values.shape[1], steps, patch_order)
+    steps = steps or list(conv.shape[2:])
+    if not still:
+        return pixel_values, conv, steps
+    return pixel_values.unsqueeze(2), arguments.fold_time(conv), [1, *steps[1:]]
 
 
-def _position(
-    position_embed: torch.Tensor | None, weight: torch.Tensor, N: int, R: int
-) -> torch.Tensor | None:
+def _rows(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    patch_order: str,
+    grid_thw: torch.Tensor | None,
+    *affine: Any,
+) -> tuple[torch.Tensor, torch.Tensor, arguments.Numbers, arguments.Numbers, list[int]]:
+    """``[n,K]``, its weight, scale and shift of each of the K values, the sizes of its images."""
+    K = rows.shape[-1]
+    conv = arguments.weight_of_rows(weight, K, patch_order)
+    scale, shift = arguments.affine_of_rows(K, patch_order, *affine)
+    if grid_thw is not None:
+        arguments.check_grid(grid_thw, rows)
+        return rows, conv, scale, shift, []
+    sizes = [rows.shape[-2], rows.shape[0] if rows.dim() == 3 else 1]
+    return rows.reshape(sizes[0] * sizes[1], K), conv, scale, shift, sizes
+
+
+def _positions(position_embed: torch.Tensor | None, weight: torch.Tensor) -> list[torch.Tensor]:
     if position_embed is None:
-        return None
-    checks.like(_OP, "position_embed", position_embed, weight, "weight")
+        return []
+    checks.like(OP, "position_embed", position_embed, weight, "weight")
     D = weight.shape[0]
     if position_embed.dim() == 3 and position_embed.shape[0] == 1:
         position_embed = position_embed[0]
     if position_embed.dim() != 2 or position_embed.shape[1] != D:
-        checks.fail(_OP, "position_embed", list(position_embed.shape), f"[rows, D] with D = {D}")
-    if not N <= position_embed.shape[0] <= R + N:
-        rows = (
-            f"{N} rows (patches)"
-            if R == 0
-            else f"{N} (patches) to {R + N} rows (with {R} prefix tokens)"
-        )
-        checks.fail(_OP, "position_embed", f"{position_embed.shape[0]} rows", rows)
-    return position_embed
-
-
-def _affine(
-    C: int,
-    rescale_factor: float | None,
-    image_mean: Sequence[float] | None,
-    image_std: Sequence[float] | None,
-) -> tuple[list[float] | None, list[float] | None]:
-    """``pixel · scale[c] + shift[c]``, in Python floats (fp64)."""
-    if rescale_factor is None and image_mean is None and image_std is None:
-        return None, None
-    mean = _per_channel("image_mean", image_mean, C, 0.0)
-    std = _per_channel("image_std", image_std, C, 1.0)
-    if any(s == 0 for s in std):
-        checks.fail(_OP, "image_std", std, "non-zero in every channel")
-    rescale = 1.0 if rescale_factor is None else float(rescale_factor)
-    return [rescale / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
-
-
-def _per_channel(
-    argument: str, values: Sequence[float] | None, C: int, default: float
-) -> list[float]:
-    if values is None:
-        return [default] * C
-    numbers = [float(v) for v in values]
-    if len(numbers) != C:
-        checks.fail(
-            _OP, argument, f"{len(numbers)} numbers", f"one number for each of {C} channels"
-        )
-    if any(v != v or v in (float("inf"), float("-inf")) for v in numbers):
-        checks.fail(_OP, argument, numbers, "finite")
-    return numbers
+        checks.fail(OP, "position_embed", list(position_embed.shape), f"[rows, D] with D = {D}")
+    return [position_embed]

@@ -26,20 +26,25 @@ template <class T> constexpr ScalarType dtype_of() {
   else return ScalarType::Float;
 }
 
+template <class T, class E>
+MMK_INLINE E rounded(acc_t<T> x) {
+  if constexpr (std::is_same_v<T, E>) return Convert<T>::from(x);
+  else return widen(Convert<T>::from(x));
+}
+
+// By value and restrict, or the compiler takes the pixels' bytes for the numbers of `affine`.
 template <class T, class E, class Pixel>
-MMK_INLINE void normalise_body(E* to, const Pixel* from, int64_t stride, int64_t n, const Affine& affine) {
+MMK_INLINE void normalise_body(E* __restrict to, const Pixel* __restrict from, int64_t stride, int64_t n,
+                               const Affine affine) {
   using A = acc_t<T>;  // float, or double for a double weight
-  const auto store = [&](E& value, A x) {
-    const T rounded = Convert<T>::from(x);
-    if constexpr (std::is_same_v<T, E>) value = rounded;
-    else value = widen(rounded);
-  };
-  if (affine.identity)
-    for (int64_t i = 0; i < n; ++i) store(to[i], static_cast<A>(widen(from[i * stride])));
+  if (affine.identity && stride == 1)
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(static_cast<A>(widen(from[i])));
+  else if (affine.identity)
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(static_cast<A>(widen(from[i * stride])));
   else if (stride == 1)
-    for (int64_t i = 0; i < n; ++i) store(to[i], affine.apply(static_cast<A>(widen(from[i]))));
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(affine.apply(static_cast<A>(widen(from[i]))));
   else
-    for (int64_t i = 0; i < n; ++i) store(to[i], affine.apply(static_cast<A>(widen(from[i * stride]))));
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(affine.apply(static_cast<A>(widen(from[i * stride]))));
 }
 
 // T the weight's dtype, E what the product multiplies: T itself, or float where T is 16 bits wide.

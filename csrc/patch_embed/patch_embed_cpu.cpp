@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Patch embedding on CPU, forward. The weight is packed once; each thread packs a panel of patches from raw
-// pixels, multiplies it and finishes its tokens, 32 columns at a time, while they are in its cache. No image-sized
+// pixels, multiplies it and finishes its tokens, some columns at a time, while they are in its cache. No image-sized
 // tensor but the output exists. Every token is one fixed sum, so its bits depend on neither threads nor panels.
 #include <algorithm>
 
@@ -23,8 +23,9 @@ MMK_NORMALISE(bf16, float, float)
 
 namespace {
 
-constexpr int64_t kColumns = gemm::kColumns;
-constexpr int64_t kPanelRows = 384;  // a panel and a packed block of the weight fit in L2
+constexpr int64_t kPanelRows = 384;  // a panel and a few packed blocks of the weight fit in L2
+// Columns finished at a time: rows of the output lie far apart, so each should be worth a visit.
+constexpr int64_t kColumns = 4 * gemm::kColumns;
 
 // One block of columns of a panel's tokens: product + bias + position, rounded once.
 template <class T>
@@ -39,25 +40,42 @@ struct Block {
   int64_t n_taps;
 };
 
+constexpr int64_t kChunk = 32;  // columns whose sums stay in registers
+
 template <class T>
-MMK_INLINE void finish_columns(const Block<T>& b, int64_t columns) {
+MMK_INLINE void finish_chunk(const Block<T>& b, int64_t r, int64_t first, const int64_t count) {
   using A = acc_t<T>;
-  for (int64_t r = 0; r < b.rows; ++r) {
-    A sum[kColumns];
-    for (int64_t i = 0; i < kColumns; ++i) sum[i] = b.product[r * kColumns + i] + b.bias[i];
-    for (int64_t n = 0; n < b.n_taps; ++n) {
-      const Tap<A> tap = b.taps[r * b.n_taps + n];
-      const T* row = b.tables[n] + tap.row * b.D;
-      for (int64_t i = 0; i < columns; ++i) sum[i] += tap.weight * widen(row[i]);
-    }
-    T* out = b.out + b.token[r] * b.D;
-    for (int64_t i = 0; i < columns; ++i) out[i] = Convert<T>::from(sum[i]);
+  const A* __restrict product = b.product + r * kColumns + first;
+  const A* __restrict bias = b.bias + first;
+  T* __restrict out = b.out + b.token[r] * b.D + first;
+  A sum[kChunk];
+  for (int64_t i = 0; i < count; ++i) sum[i] = product[i] + bias[i];
+  for (int64_t n = 0; n < b.n_taps; ++n) {
+    const Tap<A> tap = b.taps[r * b.n_taps + n];
+    const T* __restrict row = b.tables[n] + tap.row * b.D + first;
+    for (int64_t i = 0; i < count; ++i) sum[i] += tap.weight * widen(row[i]);
   }
+  for (int64_t i = 0; i < count; ++i) out[i] = Convert<T>::from(sum[i]);
+}
+// Rows lie too far apart for the hardware to see them coming.
+template <class T>
+MMK_INLINE void prefetch_row(const Block<T>& b, int64_t r) {
+  if (r >= b.rows) return;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < b.columns; i += kLine) __builtin_prefetch(b.out + b.token[r] * b.D + i, 1);
+  for (int64_t n = 0; n < b.n_taps; ++n)
+    for (int64_t i = 0; i < b.columns; i += kLine)
+      __builtin_prefetch(b.tables[n] + b.taps[r * b.n_taps + n].row * b.D + i);
 }
 template <class T>
-MMK_INLINE void finish_body(const Block<T>& b) {
-  if (b.columns == kColumns) finish_columns(b, kColumns);  // unrolled
-  else finish_columns(b, b.columns);
+MMK_INLINE void finish_body(const Block<T> b) {
+  constexpr int64_t kAhead = 6;
+  for (int64_t r = 0; r < b.rows; ++r) {
+    prefetch_row(b, r + kAhead);
+    int64_t first = 0;
+    for (; first + kChunk <= b.columns; first += kChunk) finish_chunk(b, r, first, kChunk);  // unrolled
+    if (first < b.columns) finish_chunk(b, r, first, b.columns - first);
+  }
 }
 MMK_MULTIARCH void finish(const Block<float>& b) { finish_body(b); }
 MMK_MULTIARCH void finish(const Block<bf16>& b) { finish_body(b); }
@@ -113,12 +131,14 @@ class Forward {
       }
     }
     std::vector<const T*> tables(taps);
-    for (int64_t j = 0; j < ceil_div(D_, kColumns); ++j) {
-      const int64_t column = j * kColumns;
-      gemm::multiply(a, lda, panel.patches, K, gemm::packed_block(weight_, K, j), c, kColumns, false);
+    for (int64_t column = 0; column < D_; column += kColumns) {
+      const int64_t columns = min64(kColumns, D_ - column);
+      for (int64_t j = 0; j < columns; j += gemm::kColumns)
+        gemm::multiply(a, lda, panel.patches, K, gemm::packed_block(weight_, K, (column + j) / gemm::kColumns), c + j,
+                       kColumns, false);
       for (int64_t n = 0; n < taps; ++n) tables[n] = rest_.tables[n] + column;
-      finish(Block<T>{out_ + column, D_, min64(kColumns, D_ - column), panel.patches, token.data(), c,
-                      rest_.bias.data() + column, tables.data(), of_rows.data(), taps});
+      finish(Block<T>{out_ + column, D_, columns, panel.patches, token.data(), c, rest_.bias.data() + column,
+                      tables.data(), of_rows.data(), taps});
     }
   }
 
@@ -158,7 +178,7 @@ struct Arguments {
 template <class T>
 Rest<T> rest_of(const Arguments& x, int64_t D) {
   Rest<T> rest;
-  rest.bias.assign(ceil_div(D, kColumns) * kColumns, 0);
+  rest.bias.assign(D, 0);
   for (int64_t d = 0; x.bias && d < D; ++d) rest.bias[d] = widen(data<T>(x.bias)[d]);
   for (const Tensor& table : x.tables) rest.tables.push_back(data<T>(table));
   if (x.tables.size() == 2) rest.tables[1] -= x.tables[0].size(0) * D;  // rows are counted through both
@@ -168,7 +188,7 @@ Rest<T> rest_of(const Arguments& x, int64_t D) {
 
 template <class T, class E>
 void embed(const Plan& plan, const Positions& positions, const Arguments& x) {
-  const int64_t D = x.weight.size(0), K = plan.patch.K(), blocks = ceil_div(D, kColumns);
+  const int64_t D = x.weight.size(0), K = plan.patch.K(), blocks = ceil_div(D, gemm::kColumns);
   const Tensor packed = empty(x.weight, {gemm::packed_elements<E>(D, K)}, dtype_of<E>());
   torch::stable::parallel_for(0, plan.patches ? blocks : 0, 1, [&](int64_t begin, int64_t end) {
     gemm::pack_b(mutable_data<E>(packed), data<T>(x.weight), D, K, K, int64_t{1}, begin, end);

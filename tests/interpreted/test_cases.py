@@ -12,8 +12,15 @@ from mmkernels.testing.case import Inputs
 
 OPS = ("patch_embed", "cross_attention")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# For an interpreter; test_layouts.py has several tiles and groups, too.
-TOO_LONG = ("many_panels", "wide", "two_chunks", "a_chunk_of_one")
+# For an interpreter; test_layouts.py and test_patch_embed.py have several tiles, groups and filters, too.
+TOO_LONG = (
+    "many_panels",
+    "wide",
+    "many_images",
+    "packed_bicubic_antialias",
+    "two_chunks",
+    "a_chunk_of_one",
+)
 
 
 def cases_of(op: str) -> ModuleType:

@@ -384,12 +384,12 @@ def test_gradients_nobody_needs_are_empty() -> None:
 EMPTY: dict[str, Inputs] = {
     "no_images": {"images": [], "weight": torch.randn(D, 3, 4, 4), "bias": torch.randn(D)},
     "no_rows": {
-        "images": torch.randn(0, 3), "grid_thw": torch.empty(0, 3, dtype=torch.int64),
+        "images": torch.zeros(0, 3, dtype=torch.uint8), "grid_thw": torch.empty(0, 3, dtype=torch.int64),
         "weight": torch.randn(D, 3), "prefix_tokens": torch.randn(1, D),
         "position_table": torch.randn(2, 2, D),
     },
     "no_flat_images": {
-        "images": torch.randn(0), "image_sizes": [], "weight": torch.randn(D, 3, 4, 4),
+        "images": torch.zeros(0, dtype=torch.uint8), "image_sizes": [], "weight": torch.randn(D, 3, 4, 4),
         "position_table": torch.randn(2, 2, D),
     },
     "no_width": {"images": [torch.rand(3, 4, 4)], "weight": torch.randn(0, 3, 4, 4)},

@@ -112,7 +112,9 @@ def make_inputs(
     def normal(*sizes: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*sizes, generator=g) * scale).to(dtype).to(device)
 
-    inputs = _packed(case, pixels) if is_packed(case) else {"pixel_values": _dense(case, pixels)}
+    inputs: Inputs = (
+        _packed(case, pixels) if is_packed(case) else {"pixel_values": _dense(case, pixels)}
+    )
     K = case.C * max(case.Pt, 1) * case.P**2
     shape = (K,) if case.order else (case.C, *[case.Pt] * bool(case.Pt), case.P, case.P)
     inputs["weight"] = normal(case.D, *shape, scale=K**-0.5)

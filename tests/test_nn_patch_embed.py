@@ -141,7 +141,7 @@ def test_norms_stand_before_and_between() -> None:
         lambda: packed(rows.flatten(0, 1), grid, position_table=table),
         lambda: packed(rows.flatten(0, 1), grid, prefix_tokens=cls),
     ):
-        with pytest.raises(ValueError, match="a norm between projection and positions|merge_size"):
+        with pytest.raises(ValueError, match=r"a norm between projection and positions|merge_size"):
             wrong()
     for wrong in (lambda: module(torch.randn(2, 3, 4, 8)), lambda: packed([torch.randn(3, 4, 8)])):
         with pytest.raises(ValueError, match="must be rows"):

@@ -5,6 +5,8 @@ Walks ``OPS`` and each op's ``cases.py``. The bound is that of TOLERANCES.md; no
 """
 
 import importlib
+import subprocess
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -48,6 +50,29 @@ def test_values_and_gradients_hold_the_bound(
         assert got["out"].dtype == dtype
         failed = [c for c in yardstick.check(cases, inputs, got, grad) if not c.ratio <= 1]
         assert not failed, f"{family}: " + "; ".join(map(str, failed))
+
+
+def rotated(rows: list[Any], share: int) -> list[Any]:
+    """Another ``1/share`` of the rows at every commit; all of them in ``make full``."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    turn = int(commit.stdout.strip() or "0", 16) % share
+    return [
+        row if i % share == turn else pytest.param(*row.values, id=row.id, marks=pytest.mark.full)
+        for i, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("cases", "case"), rotated(tagged("family"), 8))
+def test_shapes_of_real_models_hold_the_bound(
+    cases: ModuleType, case: Case, dtype: torch.dtype
+) -> None:
+    one = {"B": 1, "grids": case.grids[:1]}
+    inputs = cases.make_inputs(Case(case.name, {**case.sizes, **one}), dtype)
+    got, grad = result(cases, inputs)
+    failed = [c for c in yardstick.check(cases, inputs, got, grad) if not c.ratio <= 1]
+    assert not failed, "; ".join(map(str, failed))
 
 
 @pytest.mark.parametrize(("cases", "case"), tagged("test"))

@@ -56,6 +56,21 @@ inline Tensor rows_blob(const void* p, int64_t rows, int64_t cols, ScalarType dt
   return blob(p, {rows, cols}, {cols, 1}, dtype);
 }
 
+// While it lives, MKL (torch's GEMM on Intel) plans for one thread on this one: inside a worker it uses no more
+// anyway, but how it sums follows the number it could have had. Absent from a torch without MKL.
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
+class OneThread {
+ public:
+  OneThread() : before_(MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~OneThread() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
+  }
+  OneThread(const OneThread&) = delete;
+
+ private:
+  int before_;
+};
+
 // Runs f(i, scratch) for i in [0, count), each wholly in one thread. A GEMM inside stays in that thread,
 // so its bits do not depend on the number of threads, as they would if the GEMM itself were split.
 // Never fewer than two items: a single one would run outside a parallel region, with all threads.
@@ -64,17 +79,10 @@ void for_each_block(int64_t count, const MakeScratch& make_scratch, const F& f) 
   const int64_t items = count < 2 ? 2 : count;
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     if (begin >= count) return;
+    const OneThread one;
     auto scratch = make_scratch();
     for (int64_t i = begin; i < (end < count ? end : count); ++i) f(i, scratch);
   });
-}
-
-// out = input · weightᵀ + bias
-inline void linear_out(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                       const Tensor& out) {
-  StableIValue stack[4] = {boxed(input), boxed(weight), boxed(bias), boxed(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack, TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // out = a · b, of matrices ("aten::mm") or batches of them ("aten::bmm")
@@ -83,11 +91,39 @@ inline void matmul_out(const char* op, const Tensor& a, const Tensor& b, const T
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack, TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
+// A sum over more k than this is one of parts of that length: its error grows with the root of either, not of
+// their product, which matters where torch's GEMM adds up one value after the other (MKL, few rows).
+constexpr int64_t kSumLength = 4096;
+
+template <class F>
+void mm_in_parts(const Tensor& a, const Tensor& b, const Tensor& out) {
+  const int64_t M = out.size(0), N = out.size(1), K = a.size(1);
+  std::vector<F> part(M * N);
+  for (int64_t k = 0; k < K; k += kSumLength) {
+    const int64_t length = min64(kSumLength, K - k);
+    const Tensor of_a = blob(data<F>(a) + k * a.stride(1), {M, length}, {a.stride(0), a.stride(1)}, a.scalar_type());
+    const Tensor of_b = blob(data<F>(b) + k * b.stride(0), {length, N}, {b.stride(0), b.stride(1)}, a.scalar_type());
+    matmul_out("aten::mm", of_a, of_b, rows_blob(part.data(), M, N, a.scalar_type()));
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t n = 0; n < N; ++n) {
+        F& sum = mutable_data<F>(out)[m * out.stride(0) + n * out.stride(1)];
+        sum = k == 0 ? part[m * N + n] : sum + part[m * N + n];
+      }
+  }
+}
+// Of float or double.
 inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
-  matmul_out("aten::mm", a, b, out);
+  if (a.size(1) <= kSumLength) matmul_out("aten::mm", a, b, out);
+  else if (a.scalar_type() == ScalarType::Double) mm_in_parts<double>(a, b, out);
+  else mm_in_parts<float>(a, b, out);
 }
 inline void bmm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
-  matmul_out("aten::bmm", a, b, out);
+  if (a.size(2) <= kSumLength) return matmul_out("aten::bmm", a, b, out);
+  const auto entry = [](const Tensor& t, int64_t i) {
+    return blob(data<char>(t) + i * t.stride(0) * t.element_size(), {t.size(1), t.size(2)}, {t.stride(1), t.stride(2)},
+                t.scalar_type());
+  };
+  for (int64_t i = 0; i < out.size(0); ++i) mm_out(entry(a, i), entry(b, i), entry(out, i));
 }
 
 // out [M, N] (contiguous) = a · b, a given as pointer and strides so that aᵀ is one too; fixed blocks of rows.

@@ -188,6 +188,10 @@ def _tables(case: Case, normal: Any) -> Inputs:
 
 def run(inputs: Inputs) -> torch.Tensor:
     """The public op."""
+    return _call(inputs)
+
+
+def _call(inputs: Inputs) -> torch.Tensor:
     return patch_embed_packed(**inputs).tokens if "images" in inputs else patch_embed(**inputs)
 
 
@@ -195,7 +199,7 @@ def plain(inputs: Inputs) -> torch.Tensor:
     """The reference."""
     inputs = dict(inputs)
     with _resampling_by_magnitude(inputs.pop("_power", None)), backends.backend("reference"):
-        return run(inputs)
+        return _call(inputs)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint full install check-torch compile-cuda compile-triton bench clean
+.PHONY: demo test lint full install check-torch compile-cuda compile-triton bench fuzz sanitize clean
 
 install: $(INSTALLED)
 
@@ -53,6 +53,14 @@ bench: install
 
 full: test lint compile-cuda compile-triton
 	$(PY) -m pytest -q benchmarks --benchmark-disable
+
+# Random calls, FUZZ_CASES of every kind (default 10000), from seed FUZZ_SEED on.
+fuzz: install
+	$(PY) tests/fuzz/fuzzing.py
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: install
+	tests/sanitize.sh "$(PY)"
 
 # The wheel under another torch, in an environment of its own (gigabytes; never in CI).
 check-torch: install

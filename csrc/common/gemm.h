@@ -3,8 +3,8 @@
 // of A and column blocks of B.
 //
 // E is float, double or bf16; sums run in acc_t<E>. Every element of C is one sum over k in increasing order
-// (AMX and AVX512-BF16 in pairs), whatever M, its row and the tile it falls into: a row has the same bits alone
-// and in any panel.
+// (float and double in parts of fixed length, AMX and AVX512-BF16 in pairs), whatever M, its row and the tile it
+// falls into: a row has the same bits alone and in any panel.
 #pragma once
 #include "numeric.h"
 
@@ -18,7 +18,6 @@ Isa isa();
 bool has_bf16();
 
 constexpr int64_t kColumns = 32;  // of a packed block of B, and of the block of C it gives
-constexpr int64_t kRows = 1;      // A needs no padded rows: no kernel reads or writes beyond M
 
 // How many k a row of A and a packed block hold: zeros from K on, in both.
 template <class E>
@@ -45,8 +44,8 @@ template <class E, class S>
 void pack_b(E* to, const S* b, int64_t N, int64_t K, int64_t stride_n, int64_t stride_k, int64_t first,
             int64_t last);
 
-// to[m][k] = from[m * stride_m + k * stride_k], row-major with lda<E>(K), zero in [K, padded_k). For sources that
-// are not rows already: fast where stride_m is 1.
+// to[m][k] = from[m * stride_m + k * stride_k], row-major with lda<E>(K), zero in [K, padded_k). Fast where a
+// stride is 1.
 template <class E, class S>
 void pack_a(E* to, const S* from, int64_t M, int64_t K, int64_t stride_m, int64_t stride_k);
 

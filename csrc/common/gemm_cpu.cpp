@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gemm.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -61,6 +62,8 @@ Isa isa() {
 bool has_bf16() { return isa() >= Isa::avx512_bf16; }
 
 namespace {
+
+constexpr int64_t kSumLength = 128;
 
 namespace generic {
 #define MMK_TARGET
@@ -235,19 +238,22 @@ namespace {
 
 constexpr int64_t kStage = 32;  // packing goes through squares of 32 x 32 in L1, which take care of all edges
 
+template <class E, class S>
+MMK_INLINE E converted(S x) {
+  if constexpr (std::is_same_v<E, S>) return x;
+  else return Convert<E>::from(widen(x));
+}
+
 // stage[r][c] = from[r * row_stride + c * column_stride], zero from `rows` and `columns` on.
 template <class E, class S>
 void gather(E (*stage)[kStage], const S* from, int64_t rows, int64_t columns, int64_t row_stride,
             int64_t column_stride) {
   if (rows < kStage || columns < kStage) memset(static_cast<void*>(stage), 0, kStage * kStage * sizeof(E));
-  const auto convert = [](S x) {
-    if constexpr (std::is_same_v<E, S>) return x; else return Convert<E>::from(widen(x));
-  };
   for (int64_t r = 0; r < rows && r < kStage; ++r, from += row_stride) {
     if (columns >= kStage && column_stride == 1)  // a count known here is what makes it vector code
-      for (int64_t c = 0; c < kStage; ++c) stage[r][c] = convert(from[c]);
+      for (int64_t c = 0; c < kStage; ++c) stage[r][c] = converted<E>(from[c]);
     else
-      for (int64_t c = 0; c < columns && c < kStage; ++c) stage[r][c] = convert(from[c * column_stride]);
+      for (int64_t c = 0; c < columns && c < kStage; ++c) stage[r][c] = converted<E>(from[c * column_stride]);
   }
 }
 
@@ -354,6 +360,13 @@ void pack_a(E* to, const S* from, int64_t M, int64_t K, int64_t stride_m, int64_
   using U = std::conditional_t<sizeof(E) == 2, uint16_t, typename Unit<E>::type>;
   constexpr int64_t kLine = 64 / sizeof(E);
   const int64_t stored = ceil_div(padded_k<E>(K), kLine) * kLine, row = lda<E>(K);
+  if (stride_k == 1) {  // rows already
+    for (int64_t m = 0; m < M; ++m, from += stride_m, to += row) {
+      for (int64_t k = 0; k < K; ++k) to[k] = converted<E>(from[k]);
+      std::fill(to + K, to + stored, E{});
+    }
+    return;
+  }
   alignas(64) E stage[kStage][kStage];
   for (int64_t k = 0; k < stored; k += kStage)
     for (int64_t m = 0; m < M; m += kStage) {

@@ -36,15 +36,16 @@ MMK_INLINE E rounded(acc_t<T> x) {
 template <class T, class E, class Pixel>
 MMK_INLINE void normalise_body(E* __restrict to, const Pixel* __restrict from, int64_t stride, int64_t n,
                                const Affine affine) {
-  using A = acc_t<T>;  // float, or double for a double weight
+  // In float, or double where the weight or the pixels are.
+  using A = std::conditional_t<std::is_same_v<Pixel, double>, double, acc_t<T>>;
   if (affine.identity && stride == 1)
-    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(static_cast<A>(widen(from[i])));
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(static_cast<acc_t<T>>(widen(from[i])));
   else if (affine.identity)
-    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(static_cast<A>(widen(from[i * stride])));
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(static_cast<acc_t<T>>(widen(from[i * stride])));
   else if (stride == 1)
-    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(affine.apply(static_cast<A>(widen(from[i]))));
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(static_cast<acc_t<T>>(affine.apply(static_cast<A>(widen(from[i])))));
   else
-    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(affine.apply(static_cast<A>(widen(from[i * stride]))));
+    for (int64_t i = 0; i < n; ++i) to[i] = rounded<T, E>(static_cast<acc_t<T>>(affine.apply(static_cast<A>(widen(from[i * stride])))));
 }
 
 // T the weight's dtype, E what the product multiplies: T itself, or float where T is 16 bits wide.

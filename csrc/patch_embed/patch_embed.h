@@ -124,7 +124,8 @@ struct Affine {
     return a;
   }
   MMK_INLINE float apply(float x) const {
-    return __builtin_fmaf(x, scale_hi, shift_hi) + __builtin_fmaf(x, scale_lo, shift_lo);
+    const float hi = __builtin_fmaf(x, scale_hi, shift_hi), lo = __builtin_fmaf(x, scale_lo, shift_lo);
+    return hi - hi == 0 ? hi + lo : hi;  // an infinite pixel stays infinite: its lo may be NaN
   }
   MMK_INLINE double apply(double x) const { return __builtin_fma(x, scale, shift); }
 };

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "pack.h"
+#include "planes.h"
 
 namespace mmkernels::patch_embed {
 namespace {
@@ -62,7 +63,7 @@ class Sums {
       return torch::stable::new_zeros(x.weight, {need ? rows * columns : 0}, dtype_of<A>());
     };
     d_weight_ = sums(x.needs.weight, x.D, ldw_), d_bias_ = sums(x.needs.bias, 1, x.D);
-    d_tables_ = sums(x.needs.positions, x.positions.rows(), x.D);
+    d_tables_ = sums(x.needs.positions, x.positions.rows() + x.positions.plane_rows(), x.D);
     d_prefix_ = sums(true, x.plan.patch.R, x.D);
   }
 
@@ -108,7 +109,7 @@ class Sums {
     std::vector<int64_t> first = {0};
     for (int64_t u = panel.begin; u < panel.end; ++u)
       first.push_back(first.back() + units_[u].patches(x_.plan.patch, x_.plan.images[units_[u].image]));
-    taps_.resize(panel.patches * taps);
+    taps_.resize(panel.patches * taps), n_taps_.resize(panel.patches);
     torch::stable::parallel_for(panel.begin, panel.end, 1, [&](int64_t begin, int64_t end) {
       std::vector<E> line;
       for (int64_t u = begin; u < end; ++u) {
@@ -118,7 +119,8 @@ class Sums {
         const int64_t count = first[u - panel.begin + 1] - row;
         const T* grad = data<T>(x_.grad) + (image.patches_from(x_.plan.patch) + j) * x_.D;
         memcpy(static_cast<void*>(mutable_data<T>(grad_panel_) + row * x_.D), grad, count * x_.D * sizeof(T));
-        for (int64_t r = 0; r < count; ++r) x_.positions.of(unit.image, j + r, taps_.data() + (row + r) * taps);
+        for (int64_t r = 0; r < count; ++r)
+          n_taps_[row + r] = x_.positions.of(unit.image, j + r, taps_.data() + (row + r) * taps);
         if (x_.needs.weight) packer_.pack(mutable_data<E>(x_panel_) + row * ldx, ldx, unit, line);
       }
     });
@@ -146,7 +148,7 @@ class Sums {
     }
     if (!x_.needs.positions) return;
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t n = 0; n < taps; ++n) {
+      for (int64_t n = 0; n < n_taps_[r]; ++n) {
         const Tap<A> tap = taps_[r * taps + n];
         add(mutable_data<A>(d_tables_) + tap.row * x_.D + d, grad + r * x_.D, tap.weight, width);
       }
@@ -154,12 +156,18 @@ class Sums {
 
   void add_prefixes(int64_t d, int64_t width) {
     const int64_t R = x_.plan.patch.R, D = x_.D;
-    A* sums = mutable_data<A>(d_prefix_);
-    for (const Image& image : x_.plan.images)
-      for (int64_t r = 0; r < R; ++r)
-        add(sums + r * D + d, data<T>(x_.grad) + (image.prefix_from(x_.plan.patch) + r) * D + d, A(1), width);
-    for (int64_t r = 0; x_.needs.positions && r < x_.positions.rows_of_prefix(); ++r)
-      std::copy_n(sums + r * D + d, width, mutable_data<A>(d_tables_) + x_.positions.prefix_row(r) * D + d);
+    A *sums = mutable_data<A>(d_prefix_), *tables = mutable_data<A>(d_tables_);
+    for (size_t i = 0; i < x_.plan.images.size(); ++i) {
+      const Image& image = x_.plan.images[i];
+      const int64_t placed = x_.needs.positions ? x_.positions.prefix_rows(i) : 0;
+      for (int64_t r = 0; r < R; ++r) {
+        const T* grad = data<T>(x_.grad) + (image.prefix_from(x_.plan.patch) + r) * D + d;
+        add(sums + r * D + d, grad, A(1), width);
+        if (r < placed) add(tables + (x_.positions.first_prefix_row(i) + r) * D + d, grad, A(1), width);
+      }
+    }
+    if (x_.needs.positions && x_.positions.plane_rows())
+      resample_backward(x_.positions, tables + x_.positions.rows() * D, tables, D, d, width);
   }
 
   const Arguments& x_;
@@ -168,6 +176,7 @@ class Sums {
   std::vector<Unit> units_;
   std::vector<Panel> panels_;
   std::vector<Tap<A>> taps_;  // of the rows of the panel
+  std::vector<int64_t> n_taps_;
   Tensor x_panel_, packed_, grad_panel_;
   Tensor d_weight_, d_bias_, d_tables_, d_prefix_;  // in acc_t<T>
 };
@@ -306,6 +315,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor> bac
     Sizes sizes, std::string edge, int64_t merge_size, bool prefix_last, std::string mode, bool align_corners,
     bool antialias) {
   const Layout layout = layout_of(stride, sizes, edge, merge_size, prefix_last, mode, align_corners, antialias);
+  if (needed.size() != 5) fail("patch_embed_backward: needs must be 5 answers, got ", needed.size());
   const Plan plan = plan_of(images, weight_, prefix_rows, grid_thw, layout);
   const Positions positions(plan, position_shape, layout);
   const auto affines = affines_of(plan.patch.C, scale, shift);

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "pack.h"
+#include "planes.h"
 
 namespace mmkernels::patch_embed {
 
@@ -35,9 +36,12 @@ struct Block {
   const int64_t* token;   // of each row
   const acc_t<T>* product;
   const acc_t<T>* bias;
-  const T* const* tables;  // of each tap, its table from the block's first column
-  const Tap<acc_t<T>>* taps;
-  int64_t n_taps;
+  const T* const* tables;     // of each tap, its table from the block's first column
+  const acc_t<T>* planes;     // what rows from first_plane_row on are rows of, from that column
+  int64_t first_plane_row;
+  const Tap<acc_t<T>>* taps;  // most_taps for each row, of which so many are there:
+  const int64_t* n_taps;
+  int64_t most_taps;
 };
 
 constexpr int64_t kChunk = 32;  // columns whose sums stay in registers
@@ -50,10 +54,15 @@ MMK_INLINE void finish_chunk(const Block<T>& b, int64_t r, int64_t first, const 
   T* __restrict out = b.out + b.token[r] * b.D + first;
   A sum[kChunk];
   for (int64_t i = 0; i < count; ++i) sum[i] = product[i] + bias[i];
-  for (int64_t n = 0; n < b.n_taps; ++n) {
-    const Tap<A> tap = b.taps[r * b.n_taps + n];
-    const T* __restrict row = b.tables[n] + tap.row * b.D + first;
-    for (int64_t i = 0; i < count; ++i) sum[i] += tap.weight * widen(row[i]);
+  for (int64_t n = 0; n < b.n_taps[r]; ++n) {
+    const Tap<A> tap = b.taps[r * b.most_taps + n];
+    if (tap.row >= b.first_plane_row) {
+      const A* __restrict row = b.planes + (tap.row - b.first_plane_row) * b.D + first;
+      for (int64_t i = 0; i < count; ++i) sum[i] += row[i];
+    } else {
+      const T* __restrict row = b.tables[n] + tap.row * b.D + first;
+      for (int64_t i = 0; i < count; ++i) sum[i] += tap.weight * widen(row[i]);
+    }
   }
   for (int64_t i = 0; i < count; ++i) out[i] = Convert<T>::from(sum[i]);
 }
@@ -63,9 +72,11 @@ MMK_INLINE void prefetch_row(const Block<T>& b, int64_t r) {
   if (r >= b.rows) return;
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < b.columns; i += kLine) __builtin_prefetch(b.out + b.token[r] * b.D + i, 1);
-  for (int64_t n = 0; n < b.n_taps; ++n)
-    for (int64_t i = 0; i < b.columns; i += kLine)
-      __builtin_prefetch(b.tables[n] + b.taps[r * b.n_taps + n].row * b.D + i);
+  for (int64_t n = 0; n < b.n_taps[r]; ++n) {
+    const int64_t row = b.taps[r * b.most_taps + n].row;
+    for (int64_t i = 0; row < b.first_plane_row && i < b.columns; i += kLine)
+      __builtin_prefetch(b.tables[n] + row * b.D + i);
+  }
 }
 template <class T>
 MMK_INLINE void finish_body(const Block<T> b) {
@@ -86,6 +97,7 @@ template <class T>
 struct Rest {  // what is added to the product, and tokens that are none
   std::vector<acc_t<T>> bias;
   std::vector<const T*> tables;  // of each tap
+  std::vector<acc_t<T>> planes;
   const T* prefix = nullptr;
 };
 
@@ -118,7 +130,7 @@ class Forward {
   void multiply(const Panel& panel, const std::vector<Unit>& units, E* a, int64_t lda, A* c) const {
     const int64_t K = plan_.patch.K(), taps = positions_.taps();
     std::vector<E> line;
-    std::vector<int64_t> token;
+    std::vector<int64_t> token, n_taps;
     std::vector<Tap<A>> of_rows(panel.patches * taps);
     for (int64_t u = panel.begin; u < panel.end; ++u) {
       const Unit& unit = units[u];
@@ -126,7 +138,7 @@ class Forward {
       packer_.pack(a + static_cast<int64_t>(token.size()) * lda, lda, unit, line);
       const int64_t first = unit.first(plan_.patch, image), count = unit.patches(plan_.patch, image);
       for (int64_t j = first; j < first + count; ++j) {
-        positions_.of(unit.image, j, of_rows.data() + token.size() * taps);
+        n_taps.push_back(positions_.of(unit.image, j, of_rows.data() + token.size() * taps));
         token.push_back(image.patches_from(plan_.patch) + j);
       }
     }
@@ -138,7 +150,8 @@ class Forward {
                        kColumns, false);
       for (int64_t n = 0; n < taps; ++n) tables[n] = rest_.tables[n] + column;
       finish(Block<T>{out_ + column, D_, columns, panel.patches, token.data(), c, rest_.bias.data() + column,
-                      tables.data(), of_rows.data(), taps});
+                      tables.data(), rest_.planes.data() + column, positions_.rows(), of_rows.data(), n_taps.data(),
+                      taps});
     }
   }
 
@@ -146,15 +159,16 @@ class Forward {
     const int64_t R = plan_.patch.R, count = static_cast<int64_t>(plan_.images.size());
     if (R == 0) return;
     torch::stable::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t placed = positions_.prefix_rows(i), first = positions_.first_prefix_row(i);
         for (int64_t r = 0; r < R; ++r) {
           T* to = out_ + (plan_.images[i].prefix_from(plan_.patch) + r) * D_;
           const T* from = rest_.prefix + r * D_;
-          const bool placed = r < positions_.rows_of_prefix();
-          const T* position = placed ? rest_.tables[0] + positions_.prefix_row(r) * D_ : nullptr;
+          const T* position = r < placed ? rest_.tables[0] + (first + r) * D_ : nullptr;
           for (int64_t d = 0; d < D_; ++d)
-            to[d] = placed ? Convert<T>::from(widen(from[d]) + widen(position[d])) : from[d];
+            to[d] = position ? Convert<T>::from(widen(from[d]) + widen(position[d])) : from[d];
         }
+      }
     });
   }
 
@@ -196,19 +210,26 @@ void embed(const Plan& plan, const Positions& positions, const Arguments& x) {
   Rest<T> rest = rest_of<T>(x, D);
   rest.tables.resize(std::max<int64_t>(positions.taps(), rest.tables.size()),
                      rest.tables.empty() ? nullptr : rest.tables[0]);
+  rest.planes.resize(positions.plane_rows() * D);
+  constexpr int64_t kWidth = 64;
+  torch::stable::parallel_for(0, rest.planes.empty() ? 0 : ceil_div(D, kWidth), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t d = begin * kWidth; d < min64(end * kWidth, D); d += kWidth)
+      resample(positions, rest.tables[0], rest.planes.data(), D, d, min64(kWidth, D - d));
+  });
   const ScalarType pixels = x.images.empty() ? ScalarType::Byte : x.images[0].scalar_type();
   const Packer<T, E> packer(plan, x.affines, pixels);
   Forward<T, E>(plan, positions, packer, rest, data<E>(packed), mutable_data<T>(x.out), D).run(x.weight);
 }
 
 void check_rest(const Tensor& weight, const OptionalTensor& bias, const std::vector<Tensor>& tables,
-                const OptionalTensor& prefix) {
+                const OptionalTensor& prefix, Mode mode) {
   const int64_t D = weight.size(0);
   const auto fits = [&](const Tensor& t) {
     return t.dim() > 0 && t.size(t.dim() - 1) == D && t.scalar_type() == weight.scalar_type();
   };
   bool all = (!bias || (fits(*bias) && bias->dim() == 1)) && (!prefix || (fits(*prefix) && prefix->dim() == 2));
-  for (const Tensor& table : tables) all = all && fits(table);
+  for (const Tensor& table : tables)
+    all = all && fits(table) && table.dim() == (mode == Mode::fixed || mode == Mode::factorised ? 2 : 3);
   if (!all) fail("patch_embed: bias [D], positions [..., D] and prefix_tokens [R, D] must fit weight [D, ...]");
 }
 
@@ -227,7 +248,7 @@ Tensor forward(std::vector<Tensor> images, const Tensor& weight_, const Optional
                bool prefix_last, std::string mode, bool align_corners, bool antialias) {
   const Layout layout = layout_of(stride, sizes, edge, merge_size, prefix_last, mode, align_corners, antialias);
   const Plan plan = plan_of(images, weight_, prefix_ ? prefix_->size(0) : 0, grid_thw, layout);
-  check_rest(weight_, bias_, tables, prefix_);
+  check_rest(weight_, bias_, tables, prefix_, layout.mode);
   const Positions positions(plan, shape_of(tables, layout.mode), layout);
   const auto affines = affines_of(plan.patch.C, scale, shift);
   const Tensor out = empty(weight_, {plan.tokens, weight_.size(0)});

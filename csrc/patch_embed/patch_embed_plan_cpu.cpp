@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Reads a call of patch_embed from its arguments and checks it; the errors are those of layout.py.
-#include <map>
-
 #include "plan.h"
 
 namespace mmkernels::patch_embed {
@@ -192,36 +190,47 @@ std::vector<Affine> affines_of(int64_t C, const Numbers& scale, const Numbers& s
 
 Positions::Positions(const Plan& plan, const Sizes& shape, const Layout& layout) : plan_(plan), mode_(layout.mode) {
   if (mode_ == Mode::none) return;
-  const bool fixed = mode_ == Mode::fixed;
+  const bool fixed = mode_ == Mode::fixed, factorised = mode_ == Mode::factorised;
   if (shape.size() != (fixed ? 1u : 2u) || *std::min_element(shape.begin(), shape.end()) < (fixed ? 0 : 1))
     fail("patch_embed: the position tables do not fit position_mode");
   columns_ = fixed ? 1 : shape[1];
-  rows_ = fixed ? shape[0] : mode_ == Mode::factorised ? shape[0] + shape[1] : shape[0] * shape[1];
-  taps_ = fixed ? 1 : 2;
-  if (mode_ == Mode::factorised) first_of_patches_ = shape[0];
-  std::map<std::pair<int64_t, int64_t>, int64_t> known;  // (grid, table) to its place in axes_
-  const auto axis = [&](int64_t n_out, int64_t n_in) {
-    const auto [entry, is_new] = known.try_emplace({n_out, n_in}, axes_.size());
-    if (is_new) axes_.push_back(axis_taps(n_out, n_in, mode_, layout.align_corners, layout.antialias));
-    return entry->second;
-  };
+  rows_ = fixed ? shape[0] : factorised ? shape[0] + shape[1] : shape[0] * shape[1];
+  taps_ = fixed ? 1 : factorised ? 2 : 0;
+  if (taps_ == 0) resample_axes(layout, shape);
   for (const Image& image : plan.images) {
-    if (fixed) {
-      own_ = shape[0] - image.N();
-      if (own_ < 0 || own_ > plan.patch.R)
-        fail("patch_embed: position_embed must be ", image.N(), " (patches) to ", image.N() + plan.patch.R,
-             " rows (with ", plan.patch.R, " prefix tokens), got ", shape[0], " rows");
-      first_of_patches_ = plan.patch.prefix_last ? 0 : own_;
-      first_of_prefix_ = plan.patch.prefix_last ? image.N() : 0;
-    } else if (mode_ == Mode::factorised) {
-      if (image.h > shape[0] || image.w > shape[1])
-        fail("patch_embed: position_table must be at least ", image.h, " and ", image.w, ", got ", shape[0],
-             " rows and ", shape[1], " columns");
-    } else {
-      image_axes_.push_back({axis(image.h, shape[0]), axis(image.w, shape[1])});
-      const auto [y, x] = image_axes_.back();
-      taps_ = std::max(image_axes_.size() == 1 ? 0 : taps_, axes_[y].count * axes_[x].count);
+    const int64_t own = shape[0] - image.N(), R = plan.patch.R;
+    if (fixed && own != 0 && R == 0)
+      fail("patch_embed: position_embed must be ", image.N(), " rows (patches), got ", shape[0], " rows");
+    if (fixed && (own < 0 || own > R))
+      fail("patch_embed: position_embed must be ", image.N(), " (patches) to ", image.N() + R, " rows (with ", R,
+           " prefix tokens), got ", shape[0], " rows");
+    if (factorised && (image.h > shape[0] || image.w > shape[1]))
+      fail("patch_embed: position_table must be at least ", image.h, " and ", image.w, ", got ", shape[0],
+           " rows and ", shape[1], " columns");
+  }
+}
+
+void Positions::resample_axes(const Layout& layout, const Sizes& shape) {
+  constexpr int64_t kTaps = 16;  // bicubic's; where a position takes more, its plane is resampled beforehand
+  std::map<std::pair<int64_t, int64_t>, int64_t> plane_of;
+  const auto axis = [&](int64_t n_out, int64_t n_in) {
+    const auto [entry, is_new] = known_.try_emplace({n_out, n_in});
+    if (is_new) entry->second = axis_taps(n_out, n_in, mode_, layout.align_corners, layout.antialias);
+    return &entry->second;  // a map's entries stay where they are
+  };
+  for (const Image& image : plan_.images) {
+    Axes axes{axis(image.h, shape[0]), axis(image.w, shape[1]), -1};
+    const int64_t taps = axes.y->count * axes.x->count;
+    if (taps > kTaps) {
+      const auto [entry, is_new] = plane_of.try_emplace({image.h, image.w}, planes_.size());
+      if (is_new) {
+        planes_.push_back({image.h, image.w, axes.y, axes.x, plane_rows_});
+        plane_rows_ += image.h * image.w;
+      }
+      axes.plane = entry->second;
     }
+    taps_ = std::max(taps_, taps > kTaps ? 1 : taps);
+    axes_.push_back(axes);
   }
 }
 

@@ -76,6 +76,11 @@ class _Patches(nn.Module):
             stride: The convolution's, if patches overlap; the patch of a Linear, if it is not square.
             options: Those of the class.
         """
+        kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
+        if isinstance(conv, kinds) and type(conv).forward not in [k.forward for k in kinds]:
+            raise ValueError(
+                f"from_conv: conv must not override forward, which would be lost, got {type(conv)}"
+            )
         if isinstance(conv, nn.Linear):
             C, D, patch = 1, conv.out_features, [1, conv.in_features]
         else:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random calls of patch embedding: the letters of ``cases.py`` and a few more, and spoiled calls.
 
-Further letters: dtype (of the weight) and pixels (of the images: an index into DTYPES, or "uint8"), family and
-seed of the values, threads, Pw (width of a patch, 0: square), given (which numbers of the normalisation), lead
-(a leading 1 where the docstring allows one), as_rows (rows as ``patch_embed`` takes them), bare (one
-image of rows, without ``grid_thw``), int32 (of ``grid_thw``), layouts: (argument, layout, seed), "grad" among them. ``stride`` may have three numbers.
+Further letters: dtype (of the weight) and pixels (of the images), names in DTYPES; family and seed of the values;
+threads; Pw (width of a patch, 0: square); given (which numbers of the normalisation); lead (a leading 1 where the
+docstring allows one); as_rows (rows as ``patch_embed`` takes them); bare (one image of rows, no ``grid_thw``);
+int32 (of ``grid_thw``); layouts: (argument, layout, seed), "grad" among them. ``stride`` may have three numbers.
 """
 
-import itertools
+import functools
 import math
 import random
 from collections.abc import Callable
@@ -28,9 +28,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 # What a failing case shrinks to, letter by letter; letters that are not here do not shrink.
 SIMPLEST: dict[str, Any] = {
     **cases.DEFAULTS,
-    "B": 1, "C": 1, "T": 0, "H": 1, "W": 1, "P": 1, "D": 1, "norm": False, "bias": False, "dtype": "fp32", "pixels": "uint8",
-    "family": "random", "threads": 1, "Pw": 0, "given": "all", "lead": False, "as_rows": False, "int32": False, "bare": False,
-    "layouts": (),
+    "B": 1, "C": 1, "T": 0, "H": 1, "W": 1, "P": 1, "D": 1, "norm": False, "bias": False,
+    "dtype": "fp32", "pixels": "uint8", "family": "random", "threads": 1, "Pw": 0, "given": "all",
+    "lead": False, "as_rows": False, "int32": False, "bare": False, "layouts": (),
 }  # fmt: skip
 WIDTHS = (1, 2, 3, 5, 8, 9, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 96, 127, 128, 129, 161)
 
@@ -52,6 +52,8 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
         r, found
     )
     found["u8"] = found["pixels"] == "uint8"
+    if found["u8"] and found["dtype"] == "fp16":  # sums of 0…255 overflow
+        found |= {"norm": True, "given": "all" if found["given"] == "mean" else found["given"]}
     return found | {"layouts": _layouts(r, found)}
 
 
@@ -162,6 +164,7 @@ def _packed(r: random.Random, x: dict[str, Any]) -> dict[str, Any]:
     x["flat"] = x["flat"] and images > 0
     frames = r.choice((0.0, 0.3, 1.0)) if x["Pt"] else 0.0  # clips among stills
     mode = r.choice(("none", "fixed", "nearest", "bilinear", "bilinear", "bicubic", "factorised"))
+    mode = mode if images else "bilinear"  # without images a table tells a packed call
     side = lambda: _count(r, m, 6)
     same = (side(), side())
     grids = []
@@ -229,22 +232,32 @@ KNOWN: dict[str, Callable[[dict[str, Any], str], bool]] = {
     "fp64 pixels are rounded to fp32 before they are normalised (csrc/patch_embed/pack.h)": lambda x, why: (
         why.startswith("bound") and x["pixels"] == "fp64" != x["dtype"] and x["norm"]
     ),
+    "torch's fp32 sum of three and more taps rounds their partial sums (weight of stills)": lambda x, why: (
+        why.startswith("bound") and x["dtype"] == "fp32" and sums_weight(x) and x["Pt"] > 2
+    ),
     "the reference gives pixels no gradient where there is no patch (reference.py)": lambda x, why: (
-        why.startswith("raised AssertionError: the gradient of") and why.endswith("is None") and no_patch(x)
+        why.startswith("raised AssertionError: the gradient of")
+        and why.endswith("is None")
+        and no_patch(x)
     ),
 }
-
 
 
 def no_patch(x: dict[str, Any]) -> bool:
     return not x["grids"] and (x["rows"] if x["table"] else patches_of(x) == 0 or x["rows"])
 
 
+def sums_weight(x: dict[str, Any]) -> bool:
+    """Whether all are stills under a temporal weight, which is summed over time in its own dtype."""
+    return not (x["rows"] or x["Pt"] < 2 or x["T"] or any(t for t, _, _ in x["grids"]))
+
+
 def coarse(x: dict[str, Any], names: Any) -> set[str]:
-    """Pixels of stills under a temporal weight: it is summed over time in its own dtype, which rounds."""
-    if x["rows"] or x["Pt"] < 2 or x["T"] or any(t for t, _, _ in x["grids"]) or x["dtype"] not in ("bf16", "fp16"):
+    """The summed weight is rounded: gradients of finer pixels are only as exact as it is."""
+    finer = {"bf16": ("fp16", "fp32", "fp64"), "fp16": ("fp32", "fp64")}.get(x["dtype"], ())
+    if not sums_weight(x) or x["pixels"] not in finer:
         return set()
-    return {n for n in names if n.split("[")[0] in ("images", "pixel_values") and x["pixels"] in ("fp32", "fp64")}
+    return {n for n in names if n.split("[")[0] in ("images", "pixel_values")}
 
 
 ARGUMENTS = (
@@ -261,14 +274,14 @@ ARGUMENTS = (
 
 def _layouts(r: random.Random, x: dict[str, Any]) -> tuple[tuple[str, str, int], ...]:
     """Of some arguments a layout. Equal values in a sum err alike; the bound is of errors that do not."""
-    found, coherent = [], x["family"] != "random"
+    found, coherent = [], x["family"] != "random" or sums_weight(x)
     for name in ARGUMENTS:
         if r.random() < 0.35:
             layout = r.choice(LAYOUTS)
             if layout == "expanded" and x["dtype"] != "fp64":
                 alike = coherent and name in ("weight", "grad", "pixel_values", "images")
-                summed = name == "grad" and x["table"] and x["mode"] != "fixed"
-                layout = "permuted" if alike or summed else layout
+                # Thousands of terms of 256 values: their roundings have a mean.
+                layout = "permuted" if alike or name == "grad" else layout
                 coherent = True
             found.append((name, layout, r.randrange(1000)))
     return tuple(found)
@@ -309,9 +322,8 @@ def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     inputs = {n: _typed(n, v, x) for n, v in inputs.items()}
     for name, layout, seed in x["layouts"]:
         if name in inputs:
-            inputs[name] = map_tensors({name: inputs[name]}, lambda t: laid_out(t, layout, seed))[
-                name
-            ]  # noqa: B023
+            change = functools.partial(laid_out, layout=layout, seed=seed)
+            inputs[name] = map_tensors({name: inputs[name]}, change)[name]
     return _affine(inputs, x)
 
 
@@ -363,11 +375,14 @@ Spoil = Callable[[random.Random, Inputs, dict[str, Any]], Inputs | None]
 
 def spoil(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> tuple[str, Inputs]:
     """A spoiled call and what was done to it."""
-    for name in r.sample(sorted(SPOILED), len(SPOILED)):
+    names = r.sample(sorted(SPOILED), len(SPOILED))
+    if r.random() < 0.3:  # few calls have these numbers, and memory is at stake
+        names = ["grid_thw", "image_sizes", *names]
+    for name in names:
         changed = SPOILED[name](r, inputs, x)
         if changed is not None:
             return name, {**inputs, **changed}
-    raise AssertionError("stride_0 always applies")
+    raise AssertionError("some always apply")
 
 
 def _wider(tensor: torch.Tensor, dim: int, by: int = 1) -> torch.Tensor:
@@ -495,8 +510,9 @@ def _positions(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> Inputs | 
     if table is None or x["as_rows"]:
         return None
     N, D, R = patches_of(x), x["D"], x["R"]
-    wrong = [table.new_zeros(N + R + r.choice((1, 2, 1000)), D), table.new_zeros(N + R, D + 1), table.new_zeros(D),
-             table.new_zeros(2, N, D), table.int(), table.half() if table.dtype != torch.float16 else table.float()]  # fmt: skip
+    other = torch.float16 if table.dtype != torch.float16 else torch.float32
+    shapes = [(N + R + r.choice((1, 2, 1000)), D), (N + R, D + 1), (D,), (2, N, D)]
+    wrong = [*map(table.new_zeros, shapes), table.int(), table.to(other)]
     wrong += [table.new_zeros(r.randrange(N), D)] if N else []
     return {"position_embed": r.choice(wrong)}
 
@@ -549,14 +565,10 @@ def _one_of_the_list(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> Inp
     C, dtype = x["C"], images[0].dtype
     other = torch.uint8 if dtype != torch.uint8 else torch.float32
     P = x["P"] * 6
-    wrong = [images[0].new_zeros(C + 1, P, P), images[0].new_zeros(C, 0, P), images[0].new_zeros(C, P, 0),
-             images[0].new_zeros(C, 0, P, P), images[0].new_zeros(P, P), images[0].new_zeros(1, C, 1, P, P)]  # fmt: skip
-    if len(images) > 0:
-        wrong += [images[0].to(other)] if len(images) > 1 else []
-    at = r.randint(0, len(images)) if len(images) else 0
-    if wrong[-1].dtype == other and r.random() < 0.3:
-        return {"images": [*images, wrong[-1]]}
-    return {"images": [*images[:at], r.choice(wrong[:6]), *images[at:]]}
+    shapes = [(C + 1, P, P), (C, 0, P), (C, P, 0), (C, 0, P, P), (P, P), (1, C, 1, P, P)]
+    wrong = r.choice([*map(images[0].new_zeros, shapes), images[0].to(other)])
+    at = r.randint(0, len(images))
+    return {"images": [*images[:at], wrong, *images[at:]]}
 
 
 def _form(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> Inputs | None:
@@ -574,9 +586,12 @@ def _form(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> Inputs | None:
 
 def _words(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> Inputs | None:
     wrong: list[Inputs] = [
-        {"prefix": r.choice(("middle", "", "FIRST"))}, {"patch_order": r.choice(("hwc", "", "pcp"))},
-        {"pad": True, "crop": True}, {"merge_size": r.choice((0, -1, -(2**62)))}, {"rescale_factor": r.choice((math.nan, math.inf))},
-    ]  # fmt: skip
+        {"prefix": r.choice(("middle", "", "FIRST"))},
+        {"patch_order": r.choice(("hwc", "", "pcp"))},
+        {"pad": True, "crop": True},
+        {"merge_size": r.choice((0, -1, -(2**62)))},
+        {"rescale_factor": r.choice((math.nan, math.inf))},
+    ]
     if not x["rows"]:
         wrong += [{"stride": r.choice((0, -1, (0, 1), (1, -1), (1,), (1, 1, 1, 1), ()))}]
         if x["order"] == "":

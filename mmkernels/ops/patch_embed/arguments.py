@@ -67,6 +67,10 @@ def check_grid(grid_thw: torch.Tensor, rows: torch.Tensor) -> None:
         checks.fail(OP, "grid_thw", "a tensor", "None unless the patches are rows [n, K]")
     if grid_thw.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{OP}: grid_thw must be int64 or int32, got {grid_thw.dtype}")
+    if grid_thw.device != rows.device and grid_thw.device.type != "cpu":
+        checks.fail(
+            OP, "grid_thw", grid_thw.device, f"on the device of the rows, {rows.device}, or on cpu"
+        )
     if grid_thw.dim() != 2 or grid_thw.shape[1] != 3:
         checks.fail(OP, "grid_thw", list(grid_thw.shape), "[images, 3]")
 

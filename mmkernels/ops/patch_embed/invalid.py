@@ -100,6 +100,8 @@ INVALID = [
     Invalid("grid_overflow", _rows(grid_thw=torch.tensor([[2**31, 2**31, 2**31]])), "grid_thw must be grids of the 10 rows"),
     Invalid("grid_float", _rows(grid_thw=torch.zeros(2, 3)), "grid_thw must be int64", TypeError),
     Invalid("grid_shape", _rows(grid_thw=torch.tensor([[2, 3]])), r"grid_thw must be \[images, 3\], got \[1, 2\]"),
+    Invalid("grid_device", _rows(grid_thw=torch.zeros(2, 3, dtype=torch.int64, device="meta")), "grid_thw must be on the device of the rows"),
+    Invalid("sizes_of_four", _packed(images=_image(288), image_sizes=[(1, 1, 8, 12)]), r"image_sizes\[0\] must be \(H, W\) or"),
     Invalid("grid_of_list", _packed(grid_thw=torch.tensor([[1, 2, 3]])), "grid_thw must be None unless images are rows"),
     Invalid("table_2d", _packed(position_table=_image(9, 8)), r"position_table must be \[rows, columns, D\]"),
     Invalid("table_empty", _packed(position_table=_image(0, 3, 8)), "position_table must be"),

@@ -49,7 +49,8 @@ def _token_count(
 
 def _count(size: Any, patch: Any, stride: Any, edge: str) -> Any:
     if edge == "exact":  # no branch on a symbolic size; a rest is the kernel's error
-        return (size - patch) // stride + 1 if stride != patch else size // patch
+        rest = (size - patch) // stride + 1
+        return size // patch if stride == patch else torch.sym_max(rest, 0)
     return patch_count(size, patch, stride, edge)
 
 

@@ -139,7 +139,17 @@ def _images(
             )
     if values:
         arguments.check_pixels("images[0]", values[0], weight)
-    return values, [n for size in image_sizes or () for n in ([0] * (3 - len(size)) + list(size))]
+    return values, _flat_sizes(image_sizes or ())
+
+
+def _flat_sizes(image_sizes: Sequence[Sequence[int]]) -> list[int]:
+    """T (0: a still image), H and W of each."""
+    flat: list[int] = []
+    for i, size in enumerate(image_sizes):
+        if len(size) not in (2, 3) or min(size) < 1:
+            checks.fail(OP, f"image_sizes[{i}]", size, "(H, W) or (T, H, W) of at least 1")
+        flat += [0, *size] if len(size) == 2 else size
+    return flat
 
 
 def _cut(

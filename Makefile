@@ -51,7 +51,8 @@ compile-triton: install
 bench: install
 	$(PY) -m benchmarks.run
 
-full: test lint compile-cuda compile-triton
+full: test lint compile-cuda compile-triton fuzz sanitize
+	$(PY) -m pytest -q -m full tests
 	$(PY) -m pytest -q benchmarks --benchmark-disable
 
 # Random calls, FUZZ_CASES of every kind (default 10000), from seed FUZZ_SEED on.

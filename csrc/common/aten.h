@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch through its stable ABI: dtype dispatch, pointers, and the few ATen calls our kernels build on.
 //
-// ATen is called from the calling thread only: worker threads do not inherit inference mode. An error
-// inside such a call loses its message at this ABI target, so arguments are checked before.
+// Worker threads do not inherit inference mode: there, ATen only allocates scratch and multiplies through views
+// (below). An error inside such a call loses its message at this ABI target, so arguments are checked before.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -98,8 +98,10 @@ class Sums {
  private:
   template <class F>
   void each_width(const F& f) {
-    torch::stable::parallel_for(0, ceil_div(x_.D, kWidth), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i * kWidth, min64(kWidth, x_.D - i * kWidth));
+    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const int64_t step = std::clamp(ceil_div(x_.D, threads), int64_t{16}, kWidth);  // columns are independent
+    torch::stable::parallel_for(0, ceil_div(x_.D, step), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i * step, min64(step, x_.D - i * step));
     });
   }
 

@@ -331,6 +331,10 @@ def _typed(name: str, value: Any, x: dict[str, Any]) -> Any:
     dtype = DTYPES[x["pixels"] if name in ("pixel_values", "images") else x["dtype"]]
     # All of the mantissa: the values of cases.py come from fp32.
     cast = lambda t: (t * (1 + 1e-9)).to(dtype) if t.is_floating_point() else t
+    if x["dtype"] == "fp16" and name in ("pixel_values", "images"):
+        cast = lambda t: (
+            t.clamp(min=2**-12).to(dtype) if t.is_floating_point() else t
+        )  # normal in fp16
     return map_tensors({name: value}, cast)[name]
 
 

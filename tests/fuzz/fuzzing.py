@@ -184,12 +184,12 @@ def summary(inputs: Inputs) -> str:
 
 
 def shrunk(
-    op: ModuleType, letters: Letters, message: str, check: Any, budget: int = 400
+    op: ModuleType, letters: Letters, message: str, check: Any, seconds: float = 60
 ) -> tuple[Letters, str]:
     """Greedy: takes any simpler letter with which the call still fails in the same class."""
     kind, best = message.split(":")[0], message
-    progress = True
-    while progress and budget > 0:
+    progress, end = True, time.monotonic() + seconds
+    while progress:
         progress = False
         for letter, value in itertools.chain.from_iterable(
             [(k, v) for v in simpler(letters[k], op.SIMPLEST[k])]
@@ -198,15 +198,14 @@ def shrunk(
         ):
             if letters[letter] == value:
                 continue
-            budget -= 1
+            if time.monotonic() > end:
+                return letters, best
             try:
                 now = check({**letters, letter: value})
             except Exception:
                 continue
             if now.split(":")[0] == kind:
                 letters, best, progress = {**letters, letter: value}, now, True
-                break
-            if budget <= 0:
                 break
     return letters, best
 

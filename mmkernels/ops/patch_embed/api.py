@@ -56,10 +56,12 @@ def patch_embed(
             (t, h, w, channel: SigLIP2, Gemma, Pix2Struct).
         merge_size: m > 1 gives the tokens of each m×m block one after the other (Qwen2-VL), with their
             positions. Rows are in that order already; then ``grid_thw`` tells the grids.
-        grid_thw: With rows ``[n, K]``: int64 ``[images, 3]``, the grid of each image.
+        grid_thw: With rows ``[n, K]``: int64 or int32 ``[images, 3]``, the grid of each image, on the
+            rows' device or the CPU.
         pad: Fills the last patch of an axis that does not divide: pixels by 0 after normalising, time by
             the last frame.
         crop: Leaves a rest of pixels or frames out, as convolutions do. Default: a rest is an error.
+            Rows are cut already: for them stride, pad and crop mean nothing.
 
     Returns:
         ``[B, R+N, D]``, contiguous, in the weight's dtype (the autocast dtype under autocast). For rows

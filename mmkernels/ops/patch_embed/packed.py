@@ -56,13 +56,14 @@ def patch_embed_packed(
             ``[values]`` of contiguous images, with ``image_sizes``; or patches already cut, ``[n, K]``,
             with ``grid_thw`` (Qwen2-VL's ``pixel_values``).
         image_sizes: ``(H, W)`` of each image of a flat buffer, ``(T, H, W)`` of each clip, in pixels.
-        grid_thw: ``[images, 3]`` int64: the grids of rows, in patches.
+        grid_thw: ``[images, 3]`` int64 or int32: the grids of rows, in patches.
         position_table: ``[rows, columns, D]``; ``[S+N, D]`` with ``"fixed"`` (as in ``patch_embed``); two
             tables, ``[2, n, D]`` or (``[rows, D]``, ``[columns, D]``), with ``"factorised"``.
         position_mode: ``"nearest"`` row ⌊y·rows/h⌋ (the bucketised positions of Idefics2 and MiniCPM-V),
             ``"bilinear"`` or ``"bicubic"`` as ``F.interpolate``, ``"factorised"`` the sum of row y and
             column x (Gemma 4, Pix2Struct), ``"fixed"`` none.
-        align_corners, antialias: As in ``F.interpolate``.
+        align_corners, antialias: As in ``F.interpolate`` (which, with ``antialias``, errs on one-column
+            grids in torch 2.13 on CPU; ours does not).
         prefix_tokens: Before (or after) the patches of every image; only ``"fixed"`` tables position them.
 
     All other arguments are those of ``patch_embed``. A still image under a temporal weight means a frame

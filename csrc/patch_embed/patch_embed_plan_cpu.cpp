@@ -97,7 +97,9 @@ void read_flat(Reader& reader, const Tensor& flat, int64_t C, const Sizes& sizes
   int64_t offset = 0;
   for (size_t i = 0; i + 2 < sizes.size(); i += 3) {
     const int64_t T = std::max<int64_t>(sizes[i], 1), H = sizes[i + 1], W = sizes[i + 2];
-    const int64_t values = H > 0 && W > 0 ? C * T * H * W : 0;
+    // Sizes may be absurd: their product is only formed as far as the buffer reaches.
+    int64_t values = 1;
+    for (const int64_t n : {C, T, H, W}) values = values > 0 && n > flat.size(0) / values ? flat.size(0) + 1 : values * n;
     if (H < 1 || W < 1 || sizes[i] < 0 || values > flat.size(0) - offset)
       fail("patch_embed: image_sizes[", i / 3, "] must be positive and within the ", flat.size(0),
            " values of the buffer, got ", T, "×", H, "×", W, " after ", offset, " values");
@@ -119,7 +121,8 @@ void read_rows(Reader& reader, const Tensor& rows, int64_t K, const OptionalTens
     row += t * h * w;
   };
   if (!grid_thw) {
-    if (layout.sizes.size() != 2 || layout.sizes[0] * layout.sizes[1] != rows.size(0))
+    if (layout.sizes.size() != 2 || layout.sizes[0] < 0 || layout.sizes[1] < 0 ||
+        static_cast<__int128>(layout.sizes[0]) * layout.sizes[1] != rows.size(0))
       fail("patch_embed: rows without grid_thw need sizes = [patches, images] of all rows");
     for (int64_t i = 0; i < layout.sizes[1]; ++i) add(1, 1, layout.sizes[0]);
     return;

@@ -228,23 +228,7 @@ def _grid_of(x: dict[str, Any], grid: tuple[int, int, int]) -> tuple[int, int, i
 
 
 # Bugs that are known: letters and class of the failure. Delete the entry with the bug.
-KNOWN: dict[str, Callable[[dict[str, Any], str], bool]] = {
-    "fp64 pixels are rounded to fp32 before they are normalised (csrc/patch_embed/pack.h)": lambda x, why: (
-        why.startswith("bound") and x["pixels"] == "fp64" != x["dtype"] and x["norm"]
-    ),
-    "torch's fp32 sum of three and more taps rounds their partial sums (weight of stills)": lambda x, why: (
-        why.startswith("bound") and x["dtype"] == "fp32" and sums_weight(x) and x["Pt"] > 2
-    ),
-    "the reference gives pixels no gradient where there is no patch (reference.py)": lambda x, why: (
-        why.startswith("raised AssertionError: the gradient of")
-        and why.endswith("is None")
-        and no_patch(x)
-    ),
-}
-
-
-def no_patch(x: dict[str, Any]) -> bool:
-    return not x["grids"] and (x["rows"] if x["table"] else patches_of(x) == 0 or x["rows"])
+KNOWN: dict[str, Callable[[dict[str, Any], str], bool]] = {}
 
 
 def sums_weight(x: dict[str, Any]) -> bool:

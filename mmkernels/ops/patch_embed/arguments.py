@@ -58,7 +58,11 @@ def weight_of_rows(weight: torch.Tensor, K: int, patch_order: str) -> torch.Tens
 
 def fold_time(conv: torch.Tensor) -> torch.Tensor:
     """The weight of a frame that repeats: its taps summed over time, half the work of two frames."""
-    return conv if conv.shape[2] == 1 else conv.sum(2, keepdim=True)
+    if conv.shape[2] == 1:
+        return conv
+    if conv.dtype == torch.float32 and conv.shape[2] > 2:  # partial sums that cancel must not round
+        return conv.sum(2, keepdim=True, dtype=torch.float64).float()
+    return conv.sum(2, keepdim=True)
 
 
 def check_grid(grid_thw: torch.Tensor, rows: torch.Tensor) -> None:

@@ -93,6 +93,7 @@ INVALID = [
     Invalid("flat_short", _packed(images=_image(287), image_sizes=[(8, 12)]), r"image_sizes(\[0\])? must be"),
     Invalid("flat_long", _packed(images=_image(289), image_sizes=[(8, 12)]), "image_sizes must be"),
     Invalid("flat_negative", _packed(images=_image(288), image_sizes=[(-8, -12)]), r"image_sizes(\[0\])? must be"),
+    Invalid("flat_overflow", _packed(images=_image(288), image_sizes=[(2**32, 2**32), (8, 12)]), r"image_sizes\[0\] must be"),
     Invalid("grid_sum", _rows(grid_thw=torch.tensor([[1, 2, 3]])), "grid_thw must be grids of the 10 rows of patches given, got 6 patches"),
     Invalid("grid_zero", _rows(grid_thw=torch.tensor([[1, 2, 3], [0, 1, 2]])), r"grid_thw must be at least 1 everywhere.*\[0, 1, 2\] in row 1"),
     Invalid("grid_negative", _rows(grid_thw=torch.tensor([[-1, -2, 5], [1, 1, 1]])), "grid_thw must be at least 1 everywhere"),

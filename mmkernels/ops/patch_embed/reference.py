@@ -129,6 +129,7 @@ def patch_embed(
     none = F.linear(weight.new_empty(0, weight.shape[1:].numel()), weight.flatten(1), bias)
     also = [*positions, *([] if prefix_tokens is None else [prefix_tokens])]
     out = [none, *(t.flatten(0, -2)[:0] for t in also)]
+    out += [i.flatten()[:0, None].expand(0, D).to(weight.dtype) for i in images]
     for source, rows_BNK in zip(found, rows, strict=True):
         tokens = F.linear(rows_BNK, weight.flatten(1), bias)
         if prefix_tokens is not None:

@@ -14,6 +14,7 @@ OPS = ("patch_embed", "cross_attention")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # For an interpreter; test_layouts.py and test_patch_embed.py have several tiles, groups and filters, too.
 TOO_LONG = (
+    "packed_planes",
     "many_panels",
     "wide",
     "many_images",

@@ -138,7 +138,7 @@ def test_taps_are_those_of_interpolate(headers: Any) -> None:
             rows = torch.arange(n_out).repeat_interleave(count)
             values = torch.tensor(weight, dtype=torch.float64)
             got.index_put_((rows, torch.tensor(index)), values, accumulate=True)
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-13), (n_out, n_in, mode)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
 
 
 def test_the_cuda_row_body_moves_every_byte(headers: Any) -> None:

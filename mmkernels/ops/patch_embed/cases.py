@@ -239,7 +239,9 @@ def magnitudes(wide: Inputs, power: int) -> Inputs:
     found[key] = terms if isinstance(wide[key], list) else terms[0]
     if baselines.folds(wide):  # the terms are those of the summed weight
         summed = wide["weight"].sum(2, keepdim=True).abs() ** power
-        if power == 2:  # in 16 bits the sum rounds as well as the pixel: the squares of both errors add up
+        if (
+            power == 2
+        ):  # in 16 bits the sum rounds as well as the pixel: the squares of both errors add up
             summed = 2 * summed
         found["weight"] = torch.cat([summed, torch.zeros_like(wide["weight"][:, :, 1:])], 2)
     return {**found, "_power": power}

@@ -191,11 +191,9 @@ def _normalised(
     v = tl.load(pixels + places, mask=valid, other=0).to(tl.float32)
     if AFFINE != "none":
         # Hi and lo apart: the rounding of one product would not cancel next to the mean.
-        hi = tl.fma(v, scale_hi[None, :], shift_hi[None, :])
-        lo = tl.fma(v, scale_lo[None, :], shift_lo[None, :])
-        v = tl.where(
-            hi - hi == 0, hi + lo, hi
-        )  # an infinite pixel stays infinite: its lo may be NaN
+        v = tl.fma(v, scale_hi[None, :], shift_hi[None, :]) + tl.fma(
+            v, scale_lo[None, :], shift_lo[None, :]
+        )
         if PAD_SPACE:
             v = tl.where(valid, v, 0.0)
     return v.to(DTYPE)

@@ -91,16 +91,16 @@ inline void matmul_out(const char* op, const Tensor& a, const Tensor& b, const T
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "out", stack, TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);
 }
-// A sum over more k than this is one of parts of that length: its error grows with the root of either, not of
-// their product, which matters where torch's GEMM adds up one value after the other (MKL, few rows).
-constexpr int64_t kSumLength = 4096;
+// A sum over very many k is one of parts: where torch's GEMM adds up one value after the other (MKL, few rows) its
+// error would grow with all of them. Widths of real models stay below and go to torch whole.
+constexpr int64_t kLongSum = 4096, kPartLength = 512;
 
 template <class F>
 void mm_in_parts(const Tensor& a, const Tensor& b, const Tensor& out) {
   const int64_t M = out.size(0), N = out.size(1), K = a.size(1);
   std::vector<F> part(M * N);
-  for (int64_t k = 0; k < K; k += kSumLength) {
-    const int64_t length = min64(kSumLength, K - k);
+  for (int64_t k = 0; k < K; k += kPartLength) {
+    const int64_t length = min64(kPartLength, K - k);
     const Tensor of_a = blob(data<F>(a) + k * a.stride(1), {M, length}, {a.stride(0), a.stride(1)}, a.scalar_type());
     const Tensor of_b = blob(data<F>(b) + k * b.stride(0), {length, N}, {b.stride(0), b.stride(1)}, a.scalar_type());
     matmul_out("aten::mm", of_a, of_b, rows_blob(part.data(), M, N, a.scalar_type()));
@@ -113,12 +113,12 @@ void mm_in_parts(const Tensor& a, const Tensor& b, const Tensor& out) {
 }
 // Of float or double.
 inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
-  if (a.size(1) <= kSumLength) matmul_out("aten::mm", a, b, out);
+  if (a.size(1) <= kLongSum) matmul_out("aten::mm", a, b, out);
   else if (a.scalar_type() == ScalarType::Double) mm_in_parts<double>(a, b, out);
   else mm_in_parts<float>(a, b, out);
 }
 inline void bmm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
-  if (a.size(2) <= kSumLength) return matmul_out("aten::bmm", a, b, out);
+  if (a.size(2) <= kLongSum) return matmul_out("aten::bmm", a, b, out);
   const auto entry = [](const Tensor& t, int64_t i) {
     return blob(data<char>(t) + i * t.stride(0) * t.element_size(), {t.size(1), t.size(2)}, {t.stride(1), t.stride(2)},
                 t.scalar_type());

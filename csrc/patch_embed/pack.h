@@ -81,16 +81,18 @@ class Packer {
   ScalarType pixels_;
 };
 
-// The pairs that matter are compiled per instruction set; the others take the plain loop.
-#define MMK_NORMALISE(T, E, Pixel)                                                                  \
+// The types that matter are compiled per instruction set (patch_embed_cpu.cpp); the others take the plain loop.
+#define MMK_NORMALISE_EACH(ROW) \
+  ROW(float, float, uint8_t)    \
+  ROW(float, float, float)      \
+  ROW(bf16, bf16, uint8_t)      \
+  ROW(bf16, bf16, float)        \
+  ROW(bf16, bf16, bf16)         \
+  ROW(bf16, float, uint8_t)     \
+  ROW(bf16, float, float)
+#define MMK_NORMALISE(T, E, Pixel) \
   void normalise(const T*, E* to, const Pixel* from, int64_t stride, int64_t n, const Affine& affine);
-MMK_NORMALISE(float, float, uint8_t)
-MMK_NORMALISE(float, float, float)
-MMK_NORMALISE(bf16, bf16, uint8_t)
-MMK_NORMALISE(bf16, bf16, float)
-MMK_NORMALISE(bf16, bf16, bf16)
-MMK_NORMALISE(bf16, float, uint8_t)
-MMK_NORMALISE(bf16, float, float)
+MMK_NORMALISE_EACH(MMK_NORMALISE)
 #undef MMK_NORMALISE
 template <class T, class E, class Pixel>
 void normalise(const T*, E* to, const Pixel* from, int64_t stride, int64_t n, const Affine& affine) {

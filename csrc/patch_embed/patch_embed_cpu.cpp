@@ -13,13 +13,7 @@ namespace mmkernels::patch_embed {
   MMK_MULTIARCH void normalise(const T*, E* to, const Pixel* from, int64_t stride, int64_t n, const Affine& affine) { \
     normalise_body<T>(to, from, stride, n, affine);                                                      \
   }
-MMK_NORMALISE(float, float, uint8_t)
-MMK_NORMALISE(float, float, float)
-MMK_NORMALISE(bf16, bf16, uint8_t)
-MMK_NORMALISE(bf16, bf16, float)
-MMK_NORMALISE(bf16, bf16, bf16)
-MMK_NORMALISE(bf16, float, uint8_t)
-MMK_NORMALISE(bf16, float, float)
+MMK_NORMALISE_EACH(MMK_NORMALISE)
 #undef MMK_NORMALISE
 
 namespace {

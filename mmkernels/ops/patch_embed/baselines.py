@@ -10,14 +10,9 @@ import torch.nn.functional as F
 from mmkernels.ops.patch_embed.arguments import edge_of, stride_of
 from mmkernels.ops.patch_embed.layout import Layout, Source, patch_count
 from mmkernels.ops.patch_embed.reference import merge_order, position_rows
-from mmkernels.testing.case import Inputs, map_tensors
+from mmkernels.testing.case import Inputs
 
 Project = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, list[int]], torch.Tensor]
-
-
-def with_tensors(inputs: Inputs, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
-    """A copy, every tensor changed."""
-    return map_tensors(inputs, change)
 
 
 def eager(inputs: Inputs) -> torch.Tensor:

@@ -24,7 +24,7 @@ from mmkernels.ops.patch_embed.families import FAMILY_CASES
 from mmkernels.ops.patch_embed.invalid import INVALID
 from mmkernels.ops.patch_embed.layout import patch_count
 from mmkernels.ops.patch_embed.packed import patch_embed_packed
-from mmkernels.testing.case import Case, Inputs
+from mmkernels.testing.case import Case, Inputs, map_tensors
 
 __all__ = ["CASES", "FAMILIES", "INVALID", "ceiling", "eager", "library", "magnitudes", "make_inputs", "plain",
            "prepare_ceiling", "rounded_before", "run", "traffic"]  # fmt: skip
@@ -223,7 +223,7 @@ def _resampling_by_magnitude(power: int | None) -> Iterator[None]:
 
 def magnitudes(wide: Inputs, power: int) -> Inputs:
     """|normalised pixel|^p and |weight|^p …; the scale of the pixels moves into image_std."""
-    found = baselines.with_tensors(wide, lambda t: t.abs() ** power if t.is_floating_point() else t)
+    found = map_tensors(wide, lambda t: t.abs() ** power if t.is_floating_point() else t)
     key = "images" if "images" in wide else "pixel_values"
     values = wide[key] if isinstance(wide[key], list) else [wide[key]]
     scale = torch.ones(1, dtype=torch.float64)

@@ -82,6 +82,7 @@ def test_a_still_frame_is_the_repeated_one() -> None:
     twice = pixels[:, :, None].expand(-1, -1, 2, -1, -1)
     still = mmkernels.patch_embed(pixels, weight)
     torch.testing.assert_close(still, mmkernels.patch_embed(twice, weight))
+    assert torch.equal(still, mmkernels.patch_embed(twice[:, :, :1], weight))
     mixed = mmkernels.patch_embed_packed([*pixels, twice[0]], weight)
     torch.testing.assert_close(mixed.tokens, torch.cat([*still, still[0]]))
 

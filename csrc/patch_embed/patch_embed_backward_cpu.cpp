@@ -5,7 +5,7 @@
 // number of threads. Gradients of pixels take panels of their own.
 #include <algorithm>
 
-#include "pack.h"
+#include "fold.h"
 #include "planes.h"
 
 namespace mmkernels::patch_embed {
@@ -318,10 +318,13 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor> bac
     bool antialias) {
   const Layout layout = layout_of(stride, sizes, edge, merge_size, prefix_last, mode, align_corners, antialias);
   if (needed.size() != 5) fail("patch_embed_backward: needs must be 5 answers, got ", needed.size());
-  const Plan plan = plan_of(images, weight_, prefix_rows, grid_thw, layout);
+  const Plan whole = plan_of(images, weight_, prefix_rows, grid_thw, layout);
+  const bool fold = repeats(whole);
+  const Plan plan = fold ? without_time(whole) : whole;
   const Positions positions(plan, position_shape, layout);
   const auto affines = affines_of(plan.patch.C, scale, shift);
-  const Tensor grad = torch::stable::contiguous(grad_), weight = torch::stable::contiguous(weight_);
+  const Tensor grad = torch::stable::contiguous(grad_), unfolded = torch::stable::contiguous(weight_);
+  const Tensor weight = fold ? summed_over_time(unfolded) : unfolded;
   const int64_t D = weight.size(0), K = plan.patch.K();
   if (grad.dim() != 2 || grad.size(0) != plan.tokens || grad.size(1) != D || grad.scalar_type() != weight.scalar_type())
     fail("patch_embed_backward: grad must be [", plan.tokens, ", ", D, "] in the dtype of weight");
@@ -340,8 +343,12 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor> bac
   const Tensor d_weight = zeros(needs.weight, {D, plan.patch.C, weight.size(2), weight.size(3), weight.size(4)});
   const Tensor d_bias = zeros(needs.bias, {D}), d_prefix = zeros(needs.prefix, {prefix_rows, D});
   const std::vector<Tensor> d_tables = zeros_of_tables(weight, position_shape, layout.mode, needs.positions);
-  const Plan over = needs.images ? plan_over(plan, d_images, weight, layout) : Plan{};
   const Arguments x{plan, positions, affines, grad, weight, pixels, needs, D, K};
+  // Gradients of pixels finer than the weight would show that its sum was rounded.
+  const bool coarse = fold && weight.element_size() == 2 && pixels != weight.scalar_type();
+  const Arguments unsummed{whole, positions, affines, grad, unfolded, pixels, needs, D, whole.patch.K()};
+  const Arguments& of_pixels = coarse ? unsummed : x;
+  const Plan over = needs.images ? plan_over(of_pixels.plan, d_images, of_pixels.weight, layout) : Plan{};
   for_product(weight.scalar_type(), [&](auto* t, auto* e) {
     using T = pointee<decltype(t)>;
     using E = pointee<decltype(e)>;
@@ -350,9 +357,9 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor> bac
       sums.run();
       sums.store_all(d_weight, d_bias, d_tables, d_prefix);
     }
-    if (needs.images) grad_images<T, E>(x, d_images, over);
+    if (needs.images) grad_images<T, E>(of_pixels, d_images, over);
   });
-  return {d_images, d_weight, d_bias, d_tables, d_prefix};
+  return {d_images, fold && needs.weight ? repeated_over_time(d_weight, unfolded) : d_weight, d_bias, d_tables, d_prefix};
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 // tensor but the output exists. Every token is one fixed sum, so its bits depend on neither threads nor panels.
 #include <algorithm>
 
-#include "pack.h"
+#include "fold.h"
 #include "planes.h"
 
 namespace mmkernels::patch_embed {
@@ -195,13 +195,21 @@ Rest<T> rest_of(const Arguments& x, int64_t D) {
 }
 
 template <class T, class E>
-void embed(const Plan& plan, const Positions& positions, const Arguments& x) {
-  const int64_t D = x.weight.size(0), K = plan.patch.K(), blocks = ceil_div(D, gemm::kColumns);
+void embed(const Plan& plan_, const Positions& positions, const Arguments& x) {
+  const ScalarType pixels = x.images.empty() ? ScalarType::Byte : x.images[0].scalar_type();
+  const bool fold = may_fold(plan_, x.weight.scalar_type(), pixels, x.affines);
+  const Plan plan = fold ? without_time(plan_) : plan_;
+  Rest<T> rest = rest_of<T>(x, x.weight.size(0));
+  std::vector<Centred> centred;
+  std::vector<Affine> affines = x.affines;
+  if (fold && sizeof(T) == 2)
+    for (Affine& a : affines) centred.emplace_back(a), a = centred.back().pixels;
+  const Tensor weight = fold ? summed_over_time<T>(x.weight, centred, rest.bias.data()) : x.weight;
+  const int64_t D = weight.size(0), K = plan.patch.K(), blocks = ceil_div(D, gemm::kColumns);
   const Tensor packed = empty(x.weight, {gemm::packed_elements<E>(D, K)}, dtype_of<E>());
   torch::stable::parallel_for(0, plan.patches ? blocks : 0, 1, [&](int64_t begin, int64_t end) {
-    gemm::pack_b(mutable_data<E>(packed), data<T>(x.weight), D, K, K, int64_t{1}, begin, end);
+    gemm::pack_b(mutable_data<E>(packed), data<T>(weight), D, K, K, int64_t{1}, begin, end);
   });
-  Rest<T> rest = rest_of<T>(x, D);
   rest.tables.resize(std::max<int64_t>(positions.taps(), rest.tables.size()),
                      rest.tables.empty() ? nullptr : rest.tables[0]);
   rest.planes.resize(positions.plane_rows() * D);
@@ -210,8 +218,7 @@ void embed(const Plan& plan, const Positions& positions, const Arguments& x) {
     for (int64_t d = begin * kWidth; d < min64(end * kWidth, D); d += kWidth)
       resample(positions, rest.tables[0], rest.planes.data(), D, d, min64(kWidth, D - d));
   });
-  const ScalarType pixels = x.images.empty() ? ScalarType::Byte : x.images[0].scalar_type();
-  const Packer<T, E> packer(plan, x.affines, pixels);
+  const Packer<T, E> packer(plan, affines, pixels);
   Forward<T, E>(plan, positions, packer, rest, data<E>(packed), mutable_data<T>(x.out), D).run(x.weight);
 }
 

@@ -41,11 +41,11 @@ class Reader {
  public:
   Reader(Plan& plan, const Layout& layout) : plan_(plan), layout_(layout) {}
 
-  // One clip; `still` repeats in time as often as the patch asks for.
-  void add(const void* pixels, int64_t T, int64_t H, int64_t W, const Sizes& strides, bool still, bool single,
-           size_t index, const std::string& shape) {
+  // One clip; a single frame repeats in time as often as the patch asks for.
+  void add(const void* pixels, int64_t T, int64_t H, int64_t W, const Sizes& strides, bool single, size_t index,
+           const std::string& shape) {
     const Patch& p = plan_.patch;
-    const int64_t t = p.t.count(T, still ? Edge::pad : layout_.edge);
+    const int64_t t = p.t.count(T, T == 1 ? Edge::pad : layout_.edge);
     const int64_t h = p.h.count(H, layout_.edge), w = p.w.count(W, layout_.edge);
     std::ostringstream name;
     if (single) name << "images[" << index << "]";
@@ -88,7 +88,7 @@ void read_clips(Reader& reader, const std::vector<Tensor>& images, int64_t C) {
     const Sizes strides = {x.stride(channel), d > 3 ? x.stride(d - 3) : 0, x.stride(d - 2), x.stride(d - 1)};
     const int64_t count = d == 5 ? x.size(0) : 1, T = d > 3 ? x.size(d - 3) : 1;
     for (int64_t b = 0; b < count; ++b)
-      reader.add(at(x, d == 5 ? b * x.stride(0) : 0), T, x.size(d - 2), x.size(d - 1), strides, d == 3, d < 5, i,
+      reader.add(at(x, d == 5 ? b * x.stride(0) : 0), T, x.size(d - 2), x.size(d - 1), strides, d < 5, i,
                  shape_text(x));
   }
 }
@@ -105,7 +105,7 @@ void read_flat(Reader& reader, const Tensor& flat, int64_t C, const Sizes& sizes
            " values of the buffer, got ", T, "×", H, "×", W, " after ", offset, " values");
     reader.add(at(flat, offset * flat.stride(0)), T, H, W,
                {T * H * W * flat.stride(0), H * W * flat.stride(0), W * flat.stride(0), flat.stride(0)},
-               sizes[i] == 0, true, i / 3, "no pixels");
+               true, i / 3, "no pixels");
     offset += values;
   }
   if (offset != flat.size(0))

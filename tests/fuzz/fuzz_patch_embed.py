@@ -88,7 +88,8 @@ def _dense(r: random.Random, x: dict[str, Any], stride: tuple[int, ...] | None) 
         "W": _size(r, patch[2], steps[2], w, edge),
     }
     if x["T"]:
-        found["T"] = _size(r, patch[0], steps[0], r.choice((1, 1, 2, 3)), edge)
+        frames = _size(r, patch[0], steps[0], r.choice((1, 1, 2, 3)), edge)
+        found["T"] = r.choice((1, frames, frames, frames))
     rare = r.random()
     if rare < 0.01:
         found["B"] = 0
@@ -223,7 +224,7 @@ def _grid_of(x: dict[str, Any], grid: tuple[int, int, int]) -> tuple[int, int, i
     patch = (max(x["Pt"], 1), x["P"], x["P"])
     sizes = (t * patch[0] + x["rest"] if t else 1, h * x["P"] + x["rest"], w * x["P"] + x["rest"])
     edge = x["edge"] or "exact"
-    edges = ("pad" if t == 0 else edge, edge, edge)
+    edges = ("pad" if sizes[0] == 1 else edge, edge, edge)
     return tuple(map(patch_count, sizes, patch, _three(x["stride"], patch), edges))  # type: ignore[return-value]
 
 
@@ -231,17 +232,11 @@ def _grid_of(x: dict[str, Any], grid: tuple[int, int, int]) -> tuple[int, int, i
 KNOWN: dict[str, Callable[[dict[str, Any], str], bool]] = {}
 
 
-def sums_weight(x: dict[str, Any]) -> bool:
-    """Whether all are stills under a temporal weight, which is summed over time in its own dtype."""
-    return not (x["rows"] or x["Pt"] < 2 or x["T"] or any(t for t, _, _ in x["grids"]))
-
-
-def coarse(x: dict[str, Any], names: Any) -> set[str]:
-    """The summed weight is rounded: gradients of finer pixels are only as exact as it is."""
-    finer = {"bf16": ("fp16", "fp32", "fp64"), "fp16": ("fp32", "fp64")}.get(x["dtype"], ())
-    if not sums_weight(x) or x["pixels"] not in finer:
-        return set()
-    return {n for n in names if n.split("[")[0] in ("images", "pixel_values")}
+def folds(x: dict[str, Any]) -> bool:
+    """Whether all are stills under a temporal weight, whose sum over time rounds in 16 bits."""
+    return not (
+        x["rows"] or x["Pt"] < 2 or x["T"] not in (0, 1) or any(t for t, _, _ in x["grids"])
+    )
 
 
 ARGUMENTS = (
@@ -258,7 +253,7 @@ ARGUMENTS = (
 
 def _layouts(r: random.Random, x: dict[str, Any]) -> tuple[tuple[str, str, int], ...]:
     """Of some arguments a layout. Equal values in a sum err alike; the bound is of errors that do not."""
-    found, coherent = [], x["family"] != "random" or sums_weight(x)
+    found, coherent = [], x["family"] != "random" or folds(x)
     for name in ARGUMENTS:
         if r.random() < 0.35:
             layout = r.choice(LAYOUTS)
@@ -353,7 +348,7 @@ def patches_of(x: dict[str, Any]) -> int:
     patch = (max(x["Pt"], 1), x["P"], x["Pw"] or x["P"])
     sizes = (max(x["T"], 0), x["H"], x["W"]) if x["T"] else (1, x["H"], x["W"])
     edge = x["edge"] or "exact"
-    edges = ("pad" if x["T"] == 0 else edge, edge, edge)
+    edges = ("pad" if x["T"] in (0, 1) else edge, edge, edge)
     return math.prod(map(patch_count, sizes, patch, _three(x["stride"], patch), edges))
 
 

@@ -4,7 +4,7 @@
 An op adds ``fuzz_<op>.py`` next to this file, with ``OP``, ``CASES`` (its ``cases.py``), ``KINDS``, and
 ``draw(random, kind) -> letters``; ``build(letters) -> (inputs, the same inputs spelled out for the reference)``;
 ``spoil(random, inputs, letters) -> (what was done, inputs)``; ``SIMPLEST``, the letters a failure shrinks to;
-``KNOWN``, bugs that are known; optionally ``coarse(letters, names)``, gradients no more exact than the output.
+``KNOWN``, bugs that are known.
 
 ``python tests/fuzz/fuzzing.py --cases 10000`` (``make fuzz``) runs them in processes of their own: a crash is a
 failure like any other. A failure prints its seed, ``--op … --kind … --seed …``, and the smallest call like it.
@@ -72,8 +72,7 @@ def _wrong(op: ModuleType, letters: Letters, inputs: Inputs, spelled: Inputs) ->
     for name in got:
         if not torch.equal(got[name], again[name]):
             return f"bits {name}: differ with another number of threads"
-    coarse = op.coarse(letters, got.keys()) if hasattr(op, "coarse") else frozenset()
-    failed = [c for c in compared(op.CASES, spelled, got, grad, coarse) if not c.ratio <= 1]
+    failed = [c for c in compared(op.CASES, spelled, got, grad) if not c.ratio <= 1]
     return f"bound {failed[0].name}: " + "; ".join(map(str, failed)) if failed else ""
 
 
@@ -82,18 +81,15 @@ def compared(
     inputs: Inputs,
     got: dict[str, torch.Tensor],
     grad: torch.Tensor,
-    coarse: set[str] = frozenset(),
 ) -> list[yardstick.Comparison]:
     """``yardstick.check``, also where an input (pixels) has another dtype than the output.
 
     Beside an fp64 output a narrower gradient rounds once; beside a narrower output an fp64 gradient holds
-    fp32 sums (it is compared as what it is: fp32). ``coarse`` ones are no more exact than the output's dtype.
+    fp32 sums (it is compared as what it is: fp32).
     """
     wide = torch.float64
     if got["out"].dtype != wide:
         rounded = {n: t.float() if t.dtype == wide else t for n, t in got.items()}
-        for n in got.keys() & coarse:
-            rounded[n] = got[n].to(got["out"].dtype)
         return yardstick.check(cases, inputs, rounded, grad)
     own = {n: t for n, t in got.items() if t.dtype == wide}
     found = yardstick.check(cases, inputs, own, grad)

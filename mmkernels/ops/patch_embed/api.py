@@ -41,8 +41,9 @@ def patch_embed(
             permuted views). H and W in pixels. uint8 without ``rescale_factor`` means 0…255.
         weight: ``[D, C, P_h, P_w]`` of a Conv2d, ``[D, C, P_t, P_h, P_w]`` of a Conv3d, or ``[D, K]`` of
             a Linear; float64, float32, float16 or bfloat16. Its dtype is the output's and that of all
-            other float arguments but the pixels. A 4-D image under a temporal weight is a still frame
-            that would repeat P_t times: the weight is summed over time instead, in its dtype.
+            other float arguments but the pixels. One frame (a 4-D image, or T = 1) under a temporal weight
+            repeats P_t times, as processors repeat it: half the work where the weight can be summed
+            instead (fp32; in 16 bits for bytes that are normalised).
         bias: ``[D]``.
         stride: Pixels from patch to patch: one number, (h, w) or (t, h, w). Default: the patch. Smaller,
             patches overlap (audio). With a ``[D, K]`` weight it also tells the patch (default: square).
@@ -127,13 +128,10 @@ def _images(
         checks.fail(OP, "pixel_values", list(pixel_values.shape), shapes)
     if grid_thw is not None:
         checks.fail(OP, "grid_thw", "a tensor", "None unless pixel_values are rows [n, K]")
-    still = pixel_values.dim() == 4
     steps = arguments.stride_of(stride)
     conv = arguments.weight_of_images(weight, pixel_values.shape[1], steps, patch_order)
-    steps = steps or list(conv.shape[2:])
-    if not still:
-        return pixel_values, conv, steps
-    return pixel_values.unsqueeze(2), arguments.fold_time(conv), [1, *steps[1:]]
+    clips = pixel_values if pixel_values.dim() == 5 else pixel_values.unsqueeze(2)
+    return clips, conv, steps or list(conv.shape[2:])
 
 
 def _rows(

@@ -56,15 +56,6 @@ def weight_of_rows(weight: torch.Tensor, K: int, patch_order: str) -> torch.Tens
     return weight.flatten(1).view(weight.shape[0], K, 1, 1, 1)
 
 
-def fold_time(conv: torch.Tensor) -> torch.Tensor:
-    """The weight of a frame that repeats: its taps summed over time, half the work of two frames."""
-    if conv.shape[2] == 1:
-        return conv
-    if conv.dtype == torch.float32 and conv.shape[2] > 2:  # partial sums that cancel must not round
-        return conv.sum(2, keepdim=True, dtype=torch.float64).float()
-    return conv.sum(2, keepdim=True)
-
-
 def check_grid(grid_thw: torch.Tensor, rows: torch.Tensor) -> None:
     """Its shape and dtype; its numbers are the kernel's to check."""
     if rows.dim() != 2:

@@ -44,15 +44,15 @@ def prepare_ceiling(inputs: Inputs) -> None:
 
 
 def folds(inputs: Inputs) -> bool:
-    """Whether all images are stills under a temporal weight."""
+    """Whether all images are one frame under a temporal weight."""
     values: Any = inputs.get("images", inputs.get("pixel_values"))
     if inputs["weight"].dim() != 5 or inputs["weight"].shape[2] == 1 or "grid_thw" in inputs:
         return False
     if "image_sizes" in inputs:
-        return all(len(size) == 2 for size in inputs["image_sizes"])
+        return all(len(size) == 2 or size[0] == 1 for size in inputs["image_sizes"])
     if isinstance(values, list):
-        return bool(values) and all(v.dim() == 3 for v in values)
-    return bool(values.dim() == 4)
+        return bool(values) and all(v.dim() == 3 or v.shape[1] == 1 for v in values)
+    return bool(values.dim() == 4 or (values.dim() == 5 and values.shape[2] == 1))
 
 
 def per_channel(numbers: torch.Tensor, values: torch.Tensor, inputs: Inputs) -> torch.Tensor:

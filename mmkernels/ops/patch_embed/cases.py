@@ -57,6 +57,10 @@ CASES = [
     _case("no_position_cls", H=24, W=24, D=40, R=1),
     _case("wide", B=1, H=28, W=56, P=14, D=384, u8=False),
     _case("still_under_time", H=8, W=8, Pt=2, D=40, S=0),
+    _case("still_floats", H=8, W=8, Pt=2, D=40, u8=False),
+    _case("still_padded", H=9, W=7, Pt=3, D=40, edge="pad", bias=False),
+    _case("one_frame", B=2, T=1, H=8, W=12, Pt=2, D=33, R=1, S=1),
+    _case("packed_stills", Pt=2, P=4, D=20, grids=((0, 2, 3), (0, 4, 1)), table=(4, 4)),
     _case("video_u8", T=6, H=8, W=12, Pt=3, D=33, R=1, S=0),
     _case("time_pad", T=3, H=9, W=7, Pt=2, D=9, edge="pad", u8=False),
     _case("time_crop", T=5, H=9, W=7, Pt=2, D=9, edge="crop"),
@@ -158,7 +162,7 @@ def _patches(case: Case) -> int:
         return int(case.H * case.W)
     patch, edge = (max(case.Pt, 1), case.P, case.P), case.edge or "exact"
     strides = (patch[0], *(case.stride or patch[1:]))
-    sizes = (case.T or patch[0], case.H, case.W)
+    sizes = (case.T if case.T > 1 else patch[0], case.H, case.W)  # one frame repeats
     counts = [patch_count(*a, edge) for a in zip(sizes, patch, strides, strict=True)]
     return counts[0] * counts[1] * counts[2]
 
@@ -239,10 +243,6 @@ def magnitudes(wide: Inputs, power: int) -> Inputs:
     found[key] = terms if isinstance(wide[key], list) else terms[0]
     if baselines.folds(wide):  # the terms are those of the summed weight
         summed = wide["weight"].sum(2, keepdim=True).abs() ** power
-        if (
-            power == 2
-        ):  # in 16 bits the sum rounds as well as the pixel: the squares of both errors add up
-            summed = 2 * summed
         found["weight"] = torch.cat([summed, torch.zeros_like(wide["weight"][:, :, 1:])], 2)
     return {**found, "_power": power}
 

@@ -120,8 +120,8 @@ def _grid(
     clips: torch.Tensor, index: int, image: torch.Tensor, patch: Sequence[int], layout: Layout
 ) -> tuple[int, int, int]:
     T, H, W = clips.shape[2:]
-    # A still image under a temporal weight repeats, whatever ``edge`` says: that is what it means.
-    edges = ["pad" if image.dim() == 3 else layout.edge, layout.edge, layout.edge]
+    # One frame under a temporal weight repeats, whatever ``edge`` says: that is what it means.
+    edges = ["pad" if T == 1 else layout.edge, layout.edge, layout.edge]
     t, h, w = map(patch_count, (T, H, W), patch[1:], layout.stride, edges)
     name = "pixel_values" if image.dim() == 5 else f"images[{index}]"
     if t < 0:

@@ -40,9 +40,9 @@ def _token_count(
     total: Any = 0
     for size in sizes:
         batch = size[0] if len(size) == 5 else 1
-        frames = [1] if len(size) == 3 else [size[-3]]
-        edges = ["pad" if len(size) == 3 else layout.edge, layout.edge, layout.edge]
-        axes = zip((*frames, *size[-2:]), weight.shape[2:], layout.stride, edges, strict=True)
+        frames = 1 if len(size) == 3 else size[-3]
+        edges = ["pad" if frames == 1 else layout.edge, layout.edge, layout.edge]
+        axes = zip((frames, *size[-2:]), weight.shape[2:], layout.stride, edges, strict=True)
         total += batch * (prefix_rows + math.prod(_count(*axis) for axis in axes))
     return total
 

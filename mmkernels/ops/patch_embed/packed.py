@@ -66,8 +66,8 @@ def patch_embed_packed(
             grids in torch 2.13 on CPU; ours does not).
         prefix_tokens: Before (or after) the patches of every image; only ``"fixed"`` tables position them.
 
-    All other arguments are those of ``patch_embed``. A still image under a temporal weight means a frame
-    that repeats; a list of stills sums the weight over time.
+    All other arguments are those of ``patch_embed``. One frame under a temporal weight repeats; a list of
+    nothing else costs half the work where the weight can be summed.
 
     Returns:
         ``PackedPatches(tokens, cu_seqlens, grid_thw)``, prefix tokens counted in ``cu_seqlens``.
@@ -167,8 +167,6 @@ def _cut(
     C = values[0].shape[0] if values and values[0].dim() > 1 else _channels(weight, affine)
     conv = arguments.weight_of_images(weight, C, steps, patch_order)
     steps = steps or list(conv.shape[2:])
-    if values and not any(i.dim() == 4 for i in values) and not any(sizes[::3]):
-        conv, steps = arguments.fold_time(conv), [1, *steps[1:]]
     return conv, steps, *arguments.affine_of(C, *affine)
 
 

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmkernels.ops.patch_embed import reference
+from mmkernels.ops.patch_embed import fold, reference
 from mmkernels.ops.patch_embed import triton_kernels as kernels
 from mmkernels.ops.patch_embed.layout import Layout, Source, check_positions, sources
 
@@ -100,6 +100,13 @@ class _Images:
             "M": self.count * self.patches if patches and dense else self.tokens,
             "N": self.patches, "grid_h": self.grid[1], "grid_w": self.grid[2],
         }  # fmt: skip
+
+    def repeats(self, weight: torch.Tensor) -> bool:
+        """Whether every image is one frame under a weight of several."""
+        if weight.shape[2] == 1 or self.kind == "ragged":
+            return False
+        frames = self.host[:, 5] if self.host is not None else torch.tensor(self.pixels.shape[2])
+        return bool((frames == 1).all())
 
     def flat(self, R: int) -> "_Images":
         """Rows without prefix tokens are their own tokens: no product needs to know whose they are."""
@@ -313,7 +320,7 @@ def patch_embed(
     pixel_shift: list[float] | None,
     *layout_arguments: Any,
 ) -> torch.Tensor:
-    """As ``reference.patch_embed``, in one launch (two with ``grid_thw``)."""
+    """As ``reference.patch_embed``, in one launch (two with ``grid_thw``; a few more to fold a weight)."""
     layout = Layout(*layout_arguments)
     D, R = weight.shape[0], 0 if prefix_tokens is None else prefix_tokens.shape[0]
     if not images:
@@ -330,6 +337,10 @@ def patch_embed(
     out = weight.new_empty(found.tokens, D)
     if out.numel() == 0:
         return out
+    pixels, padded = images[0].dtype, found.pad_space
+    if found.repeats(weight) and fold.allowed(pixels, weight.dtype, pixel_scale, padded):
+        found = replace(found, pad_time=False)
+        weight, bias, pixel_scale, pixel_shift = fold.folded(weight, bias, pixel_scale, pixel_shift)
     bias, prefix_tokens, position, columns = (
         None if t is None else t.contiguous()
         for t in (bias, prefix_tokens, *positions, *[None] * (2 - len(positions)))
@@ -377,10 +388,19 @@ def patch_embed_backward(
     found = _images(images, weight, grid_thw, R, layout, blocks)
     empty = weight.new_empty(0)
     d_images, d_weight = [i.new_empty(0) for i in images], empty
+    call = once = (found, weight, layout)
+    if found.repeats(weight):
+        still = replace(layout, stride=[1, *layout.stride[1:]])
+        once = (replace(found, pad_time=False), fold.summed(weight), still)
     if needs[0]:
-        d_images = _grad_images(grad, images, found.flat(R), weight, affine, R, layout)
+        # Gradients of pixels finer than the weight would show that its sum was rounded.
+        coarse = weight.dtype != torch.float32 and images[0].dtype != weight.dtype
+        of_pixels, own_weight, own_layout = call if coarse else once
+        d_images = _grad_images(grad, images, of_pixels.flat(R), own_weight, affine, R, own_layout)
     if needs[1]:
-        d_weight = _grad_weight(grad, found.flat(R), weight, affine, R, layout)
+        of_pixels, own_weight, own_layout = once
+        d_weight = _grad_weight(grad, of_pixels.flat(R), own_weight, affine, R, own_layout)
+        d_weight = d_weight.expand_as(weight).contiguous()
     if found.kind == "dense":
         rest = _grad_dense(grad, found, weight, position_shape, needs, R, layout)
     else:

@@ -33,7 +33,7 @@ def cells(row: Row) -> list[str]:
         *(_speedup(row, name) for name in ("eager", "compile", "library")),
         f"{row.fraction:.0%} {row.ceiling}" if row.fraction is not None else "–",
         _rate(row),
-        f"{row.extra_bytes['ours'] / 2**20:.1f} ({row.extra_bytes['eager'] / 2**20:.1f})",
+        f"{_megabytes(row, 'ours')} ({_megabytes(row, 'eager')})",
         f"{row.error:.1e} ({row.eager_error:.1e}) {row.worst}",
         _kernel(row),
     ]
@@ -41,6 +41,10 @@ def cells(row: Row) -> list[str]:
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
+
+
+def _megabytes(row: Row, name: str) -> str:
+    return f"{row.extra_bytes[name] / 2**20:.1f}" if name in row.extra_bytes else "–"
 
 
 def _speedup(row: Row, name: str) -> str:

@@ -28,12 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         cold=not args.hot,
     )
     known: dict[Job, Checked] = {}
-    found = [rows.measure(job, options, known) for job in _progress(chosen)]
+    found: list[Row] = []
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    run = new_run({**given, "rounds": options.rounds}, found)
+    for job in _progress(chosen):
+        found.append(rows.measure(job, options, known))
+        run = new_run({**given, "rounds": options.rounds}, found)
+        if args.json:  # after every row: what stops a run loses one
+            run.save(args.json)
     print(f"{report.text_table(found)}\n\n{report.circumstances(run)}")
-    if args.json:
-        run.save(args.json)
     return int(_summary(found))
 
 

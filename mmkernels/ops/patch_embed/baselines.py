@@ -139,8 +139,8 @@ def _tokens(
     weight = _conv_weight(inputs, x.shape[1])
     patch = list(weight.shape[2:])
     stride = stride_of(inputs.get("stride")) or patch
-    if still:  # the frame is repeated, as the processors of video models do
-        x = x.unsqueeze(2).expand(-1, -1, patch[0], -1, -1)
+    if still or x.shape[2] == 1:  # the frame is repeated, as the processors of video models do
+        x = (x.unsqueeze(2) if still else x).expand(-1, -1, patch[0], -1, -1)
     edges = edge_of(inputs.get("pad", False), inputs.get("crop", False))
     counts = [
         patch_count(n, p, s, edges) for n, p, s in zip(x.shape[2:], patch, stride, strict=True)

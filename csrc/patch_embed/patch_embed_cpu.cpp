@@ -18,7 +18,8 @@ MMK_NORMALISE_EACH(MMK_NORMALISE)
 
 namespace {
 
-constexpr int64_t kPanelRows = 384;  // a panel and a few packed blocks of the weight fit in L2
+// A panel and a few packed blocks of the weight fit in L2.
+constexpr int64_t kPanelRows = 384, kPanelBytes = 450 << 10;
 // Columns finished at a time: rows of the output lie far apart, so each should be worth a visit.
 constexpr int64_t kColumns = 4 * gemm::kColumns;
 
@@ -106,7 +107,8 @@ class Forward {
 
   void run(const Tensor& like) const {
     const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-    const int64_t limit = std::clamp(ceil_div(plan_.patches, threads), int64_t{64}, kPanelRows);
+    const int64_t most = std::clamp<int64_t>(kPanelBytes / (gemm::lda<E>(plan_.patch.K()) * sizeof(E)), 96, kPanelRows);
+    const int64_t limit = std::clamp(ceil_div(plan_.patches, threads), int64_t{64}, most);
     const auto units = units_of(plan_.patch, plan_.images, limit);
     const auto panels = panels_of(plan_.patch, plan_.images, units, limit);
     int64_t rows = 0;

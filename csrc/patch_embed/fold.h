@@ -52,35 +52,29 @@ struct Centred {
   }
 };
 
-// [D, C, 1, P_h, P_w]: of [D, C, P_t, P_h, P_w] the sum over time times of_channel[c], rounded once. And of each
-// (d, c) the unrounded sum of all times rest[c], added to bias[d].
-template <class T>
+// [D, C, 1, P_h, P_w]: of [D, C, P_t, P_h, P_w] the sum over time times of_channel[c], rounded once, to O. And of
+// each (d, c) the unrounded sum of all times rest[c], added to bias[d].
+template <class T, class O>
 Tensor summed_over_time(const Tensor& weight, const std::vector<Centred>& centred, acc_t<T>* bias) {
   const int64_t D = weight.size(0), C = weight.size(1), taps = weight.size(2), area = weight.size(3) * weight.size(4);
-  const Tensor to = empty(weight, {D, C, 1, weight.size(3), weight.size(4)});
+  const ScalarType dtype = std::is_same_v<T, O> ? weight.scalar_type() : dtype_of<O>();
+  const Tensor to = empty(weight, {D, C, 1, weight.size(3), weight.size(4)}, dtype);
   torch::stable::parallel_for(0, D, 16, [&](int64_t begin, int64_t end) {
     for (int64_t d = begin; d < end; ++d)
       for (int64_t c = 0; c < C; ++c) {
         const T* from = data<T>(weight) + (d * C + c) * taps * area;
-        T* sums = mutable_data<T>(to) + (d * C + c) * area;
+        O* sums = mutable_data<O>(to) + (d * C + c) * area;
         const double times = centred.empty() ? 1 : centred[c].of_weight;
         double all = 0;
         for (int64_t i = 0; i < area; ++i) {
           double sum = 0;
           for (int64_t t = 0; t < taps; ++t) sum += static_cast<double>(widen(from[t * area + i]));
-          sums[i] = Convert<T>::from(static_cast<acc_t<T>>(sum * times));
+          sums[i] = Convert<O>::from(static_cast<acc_t<O>>(sum * times));
           all += sum;
         }
         if (!centred.empty()) bias[d] += static_cast<acc_t<T>>(all * centred[c].rest);
       }
   });
-  return to;
-}
-
-inline Tensor summed_over_time(const Tensor& weight) {
-  Tensor to = weight;
-  dispatch_float("patch_embed", weight.scalar_type(),
-                 [&](auto* tag) { to = summed_over_time<pointee<decltype(tag)>>(weight, {}, nullptr); });
   return to;
 }
 

@@ -183,8 +183,9 @@ class Sums {
   Tensor d_weight_, d_bias_, d_tables_, d_prefix_;  // in acc_t<T>
 };
 
-// Gradients of pixels: grad · weight, laid back into images over `plan`, times the scale of the channel.
-template <class T, class E, class Pixel>
+// Gradients of pixels: grad · weight, laid back into images over `plan`, times the scale of the channel. W is the
+// weight's dtype: T, or float where a sum over time would have to round to it.
+template <class T, class E, class W, class Pixel>
 class Pixels {
   using A = acc_t<T>;
 
@@ -202,7 +203,7 @@ class Pixels {
   void run() {
     packed_ = empty(x_.weight, {gemm::packed_elements<E>(x_.K, x_.D)}, dtype_of<E>());
     torch::stable::parallel_for(0, ceil_div(x_.K, kColumns), 1, [&](int64_t begin, int64_t end) {
-      gemm::pack_b(mutable_data<E>(packed_), data<T>(x_.weight), x_.K, x_.D, int64_t{1}, x_.K, begin, end);
+      gemm::pack_b(mutable_data<E>(packed_), data<W>(x_.weight), x_.K, x_.D, int64_t{1}, x_.K, begin, end);
     });
     const auto shared = [&](const Image& image) {
       return !image.rows && (over_.patch.overlaps() || (image.t - 1) * over_.patch.t.stride + over_.patch.t.patch > image.T);
@@ -293,11 +294,11 @@ class Pixels {
   Tensor packed_;
 };
 
-template <class T, class E>
+template <class T, class E, class W>
 void grad_images(const Arguments& x, const std::vector<Tensor>& d_images, const Plan& over) {
   for (Tensor d : d_images) torch::stable::zero_(d);  // pixels no patch takes
   if (x.plan.patches == 0 || x.K == 0 || x.D == 0) return;
-  dispatch_float("patch_embed", x.pixels, [&](auto* tag) { Pixels<T, E, pointee<decltype(tag)>>(x, over).run(); });
+  dispatch_float("patch_embed", x.pixels, [&](auto* tag) { Pixels<T, E, W, pointee<decltype(tag)>>(x, over).run(); });
 }
 
 std::vector<Tensor> zeros_of_tables(const Tensor& weight, const Sizes& shape, Mode mode, bool need) {
@@ -324,7 +325,12 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor> bac
   const Positions positions(plan, position_shape, layout);
   const auto affines = affines_of(plan.patch.C, scale, shift);
   const Tensor grad = torch::stable::contiguous(grad_), unfolded = torch::stable::contiguous(weight_);
-  const Tensor weight = fold ? summed_over_time(unfolded) : unfolded;
+  Tensor weight = unfolded;
+  if (fold)
+    dispatch_float("patch_embed", weight.scalar_type(), [&](auto* tag) {
+      using T = pointee<decltype(tag)>;
+      weight = summed_over_time<T, T>(unfolded, {}, nullptr);
+    });
   const int64_t D = weight.size(0), K = plan.patch.K();
   if (grad.dim() != 2 || grad.size(0) != plan.tokens || grad.size(1) != D || grad.scalar_type() != weight.scalar_type())
     fail("patch_embed_backward: grad must be [", plan.tokens, ", ", D, "] in the dtype of weight");
@@ -344,20 +350,23 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor> bac
   const Tensor d_bias = zeros(needs.bias, {D}), d_prefix = zeros(needs.prefix, {prefix_rows, D});
   const std::vector<Tensor> d_tables = zeros_of_tables(weight, position_shape, layout.mode, needs.positions);
   const Arguments x{plan, positions, affines, grad, weight, pixels, needs, D, K};
-  // Gradients of pixels finer than the weight would show that its sum was rounded.
-  const bool coarse = fold && weight.element_size() == 2 && pixels != weight.scalar_type();
-  const Arguments unsummed{whole, positions, affines, grad, unfolded, pixels, needs, D, whole.patch.K()};
-  const Arguments& of_pixels = coarse ? unsummed : x;
-  const Plan over = needs.images ? plan_over(of_pixels.plan, d_images, of_pixels.weight, layout) : Plan{};
+  const Plan over = needs.images ? plan_over(plan, d_images, weight, layout) : Plan{};
   for_product(weight.scalar_type(), [&](auto* t, auto* e) {
     using T = pointee<decltype(t)>;
     using E = pointee<decltype(e)>;
+    using A = acc_t<T>;
     if (grad.numel() && (needs.weight || needs.bias || needs.positions || needs.prefix)) {
       Sums<T, E> sums(x);
       sums.run();
       sums.store_all(d_weight, d_bias, d_tables, d_prefix);
     }
-    if (needs.images) grad_images<T, E>(of_pixels, d_images, over);
+    // Gradients of pixels finer than the weight would show that its sum was rounded.
+    if (needs.images && fold && sizeof(T) == 2 && pixels != weight.scalar_type()) {
+      const Tensor exact = summed_over_time<T, A>(unfolded, {}, nullptr);
+      grad_images<T, A, A>({plan, positions, affines, grad, exact, pixels, needs, D, K}, d_images, over);
+    } else if (needs.images) {
+      grad_images<T, E, T>(x, d_images, over);
+    }
   });
   return {d_images, fold && needs.weight ? repeated_over_time(d_weight, unfolded) : d_weight, d_bias, d_tables, d_prefix};
 }

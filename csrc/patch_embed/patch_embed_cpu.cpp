@@ -206,7 +206,7 @@ void embed(const Plan& plan_, const Positions& positions, const Arguments& x) {
   std::vector<Affine> affines = x.affines;
   if (fold && sizeof(T) == 2)
     for (Affine& a : affines) centred.emplace_back(a), a = centred.back().pixels;
-  const Tensor weight = fold ? summed_over_time<T>(x.weight, centred, rest.bias.data()) : x.weight;
+  const Tensor weight = fold ? summed_over_time<T, T>(x.weight, centred, rest.bias.data()) : x.weight;
   const int64_t D = weight.size(0), K = plan.patch.K(), blocks = ceil_div(D, gemm::kColumns);
   const Tensor packed = empty(x.weight, {gemm::packed_elements<E>(D, K)}, dtype_of<E>());
   torch::stable::parallel_for(0, plan.patches ? blocks : 0, 1, [&](int64_t begin, int64_t end) {

@@ -388,18 +388,18 @@ def patch_embed_backward(
     found = _images(images, weight, grid_thw, R, layout, blocks)
     empty = weight.new_empty(0)
     d_images, d_weight = [i.new_empty(0) for i in images], empty
-    call = once = (found, weight, layout)
-    if found.repeats(weight):
-        still = replace(layout, stride=[1, *layout.stride[1:]])
-        once = (replace(found, pad_time=False), fold.summed(weight), still)
+    of_pixels, own, own_layout = found, weight, layout
+    if folds := found.repeats(weight):
+        own_layout = replace(layout, stride=[1, *layout.stride[1:]])
+        of_pixels, own = replace(found, pad_time=False), fold.summed(weight)
     if needs[0]:
-        # Gradients of pixels finer than the weight would show that its sum was rounded.
-        coarse = weight.dtype != torch.float32 and images[0].dtype != weight.dtype
-        of_pixels, own_weight, own_layout = call if coarse else once
-        d_images = _grad_images(grad, images, of_pixels.flat(R), own_weight, affine, R, own_layout)
+        g, w = grad, own
+        if folds and images[0].dtype != weight.dtype:
+            # Gradients of pixels finer than the weight would show that its sum was rounded.
+            g, w = grad.float(), fold.summed(weight.float())
+        d_images = _grad_images(g, images, of_pixels.flat(R), w, affine, R, own_layout)
     if needs[1]:
-        of_pixels, own_weight, own_layout = once
-        d_weight = _grad_weight(grad, of_pixels.flat(R), own_weight, affine, R, own_layout)
+        d_weight = _grad_weight(grad, of_pixels.flat(R), own, affine, R, own_layout)
         d_weight = d_weight.expand_as(weight).contiguous()
     if found.kind == "dense":
         rest = _grad_dense(grad, found, weight, position_shape, needs, R, layout)

@@ -4,11 +4,13 @@
 from mmkernels.backends import backend, load_native
 from mmkernels.ops import (
     OPS,
+    Norm,
     PackedPatches,
     cross_attention,
     merge_embeddings,
     patch_embed,
     patch_embed_packed,
+    patch_merge,
     poll_errors,
 )
 from mmkernels.version import __version__
@@ -17,6 +19,7 @@ load_native()
 
 __all__ = [
     "OPS",
+    "Norm",
     "PackedPatches",
     "__version__",
     "backend",
@@ -24,5 +27,6 @@ __all__ = [
     "merge_embeddings",
     "patch_embed",
     "patch_embed_packed",
+    "patch_merge",
     "poll_errors",
 ]

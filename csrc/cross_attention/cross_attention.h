@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Absorbed cross-attention: sizes, mask addressing and the softmax of one row. Host; no torch.
 //
-// B batch, Q queries, n context tokens, X context width, A heads, d head width. The A·Q score rows of a
+// B batch, Q queries, n context tokens with latents (own without), X context width, A heads, d head width. The A·Q score rows of a
 // sample are ordered head first: row = head·Q + query.
 #pragma once
 #include "../common/numeric.h"
@@ -9,7 +9,7 @@
 namespace mmkernels::cross_attention {
 
 struct Shape {
-  int64_t B, Q, n, X, A, d;
+  int64_t B, Q, n, own, X, A, d;
   bool shared;  // one query block for the whole batch
 
   int64_t rows() const { return A * Q; }

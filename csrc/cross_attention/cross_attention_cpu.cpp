@@ -15,7 +15,8 @@ constexpr int64_t kGroupRows = 64;  // score rows of a group of heads: enough fo
 MMK_MULTIARCH float exp_row(float* scores, int64_t n, float* max) { return exp_row_body(scores, n, max); }
 double exp_row(double* scores, int64_t n, double* max) { return exp_row_body(scores, n, max); }
 
-Shape shape_of(const Tensor& query, const Tensor& context, const Tensor& w_k, const Tensor& w_v, int64_t A) {
+Shape shape_of(const Tensor& query, const Tensor& context, const OptionalTensor& latents, const Tensor& w_k,
+               const Tensor& w_v, int64_t A) {
   const bool shared = query.dim() == 2;
   if (context.dim() != 3 || (query.dim() != 3 && !shared) || A < 1)
     fail("cross_attention: query must be [B, Q, A·d] or [Q, A·d] and context [B, n, X]");
@@ -23,10 +24,13 @@ Shape shape_of(const Tensor& query, const Tensor& context, const Tensor& w_k, co
   const auto fits = [&](const Tensor& w) { return w.dim() == 2 && w.size(0) == width && w.size(1) == X; };
   if (width % A || width == 0 || !fits(w_k) || !fits(w_v) || (!shared && query.size(0) != context.size(0)))
     fail("cross_attention: weights must be [A·d, X] for query width ", width, ", context width ", X);
-  for (const Tensor* t : {&context, &w_k, &w_v})
+  for (const Tensor* t : {&context, &w_k, &w_v, latents ? &*latents : &context})
     if (t->scalar_type() != query.scalar_type())
-      fail("cross_attention: query, context and weights must share one dtype");
-  return {context.size(0), query.size(query.dim() - 2), context.size(1), X, A, width / A, shared};
+      fail("cross_attention: query, context, latents and weights must share one dtype");
+  if (latents && (latents->dim() != 3 || latents->size(0) != context.size(0) || latents->size(2) != X))
+    fail("cross_attention: latents must be [", context.size(0), ", L, ", X, "]");
+  const int64_t own = context.size(1), n = own + (latents ? latents->size(1) : 0);
+  return {context.size(0), query.size(query.dim() - 2), n, own, X, A, width / A, shared};
 }
 
 Mask mask_of(const OptionalTensor& mask, const Shape& s) {
@@ -46,6 +50,13 @@ Mask mask_of(const OptionalTensor& mask, const Shape& s) {
   return {kind, mask->data_ptr(), mask->stride(0), mask->stride(1), mask->stride(2), mask->stride(3)};
 }
 
+// Of [B, A, Q, n], bool: True = kept.
+Mask dropout_of(const OptionalTensor& mask, const Shape& s) {
+  const Mask found = mask_of(mask, s);
+  if (mask && found.kind != Mask::kBool) fail("cross_attention: dropout_mask must be bool");
+  return found;
+}
+
 ScalarType accumulation(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -60,6 +71,8 @@ MMK_MULTIARCH void add_to(float* sum, const float* part, int64_t n) {
 void add_to(double* sum, const double* part, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
 }
+template <class F>
+void widen_row(F* to, const F* from, int64_t n) { memcpy(to, from, n * sizeof(F)); }
 MMK_MULTIARCH void widen_row(float* to, const bf16* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
 }
@@ -72,19 +85,23 @@ template <class T>
 struct Problem {
   using F = acc_t<T>;
   Shape s;
-  Mask mask;
+  Mask mask, dropout;
+  F kept;            // what dropout multiplies the probabilities it keeps by
   ScalarType acc;
-  Tensor context;    // [B, n, X] in its own dtype
+  Tensor context, latents;  // [B, own, X] and, perhaps, [B, n - own, X], in their own dtype
   Tensor w_k, w_v;   // [A·d, X]
   Tensor query;      // scaled, [B or 1, Q, A·d]
   int64_t heads;     // in a group
 
-  Problem(const Tensor& q, const Tensor& x, const Tensor& key_weight, const Tensor& value_weight,
-          const OptionalTensor& m, int64_t A, double scale)
-      : s(shape_of(q, x, key_weight, value_weight, A)),
+  Problem(const Tensor& q, const Tensor& x, const OptionalTensor& more, const Tensor& key_weight, const Tensor& value_weight,
+          const OptionalTensor& m, const OptionalTensor& dropout_mask, int64_t A, double scale, double dropout_p)
+      : s(shape_of(q, x, more, key_weight, value_weight, A)),
         mask(mask_of(m, s)),
+        dropout(dropout_of(dropout_mask, s)),
+        kept(static_cast<F>(1 / (1 - dropout_p))),
         acc(accumulation(q)),
         context(aligned(x)),
+        latents(more ? torch::stable::contiguous(*more) : context),
         w_k(widened(key_weight, acc)),
         w_v(widened(value_weight, acc)),
         query(torch::stable::clone(widened(q, acc))),
@@ -117,17 +134,16 @@ struct Problem {
     return blob(p, {cols, rows}, {1, cols}, acc);
   }
 
-  // Context of sample b in F: in place, or widened into `scratch`.
+  // Context of sample b in F: in place, or widened into `scratch`, latents after it.
   const F* context_of(int64_t b, F* scratch) const {
-    const T* x = data<T>(context) + b * s.n * s.X;
-    if constexpr (std::is_same_v<T, F>) {
-      return x;
-    } else {
-      widen_row(scratch, x, s.n * s.X);
-      return scratch;
-    }
+    const T* x = data<T>(context) + b * s.own * s.X;
+    if constexpr (std::is_same_v<T, F>)
+      if (s.own == s.n) return x;
+    widen_row(scratch, x, s.own * s.X);
+    if (s.own < s.n) widen_row(scratch + s.own * s.X, data<T>(latents) + b * (s.n - s.own) * s.X, (s.n - s.own) * s.X);
+    return scratch;
   }
-  int64_t context_scratch() const { return std::is_same_v<T, F> ? 0 : s.n * s.X; }
+  int64_t context_scratch() const { return std::is_same_v<T, F> && s.own == s.n ? 0 : s.n * s.X; }
 
   // Masked scores of the group's rows: scores [heads·Q, n] = q' · Xᵀ.
   void score(F* scores, const F* absorbed, const F* x, int64_t b, int64_t g) const {
@@ -135,6 +151,12 @@ struct Problem {
     mm_out(matrix(absorbed, rows, s.X), transposed(x, s.n, s.X), matrix(scores, rows, s.n));
     for (int64_t r = 0; mask.kind != Mask::kNone && r < rows; ++r)
       mask.add_to(scores + r * s.n, mask.row(b, g * heads + r / s.Q, r % s.Q), s.n);
+  }
+  // Row r of a group: probabilities, or their gradients, after dropout.
+  void drop(F* row, int64_t b, int64_t g, int64_t r) const {
+    if (dropout.kind == Mask::kNone) return;
+    const int64_t first = dropout.row(b, g * heads + r / s.Q, r % s.Q);
+    for (int64_t j = 0; j < s.n; ++j) row[j] = dropout.allows(first + j * dropout.stride_n) ? row[j] * kept : F(0);
   }
 };
 
@@ -199,33 +221,34 @@ void forward_groups(const Problem<T>& p, const OptionalTensor& value_bias, const
     const F* x = p.context_of(b, memory.at[0]);
     if (!s.shared) bmm_out(p.query_of(b, g), p.weight_of(p.w_k, g), p.by_head(q, g, s.X));
     p.score(scores, s.shared ? data<F>(absorbed) + g * rows * s.X : q, x, b, g);
-    for (int64_t r = 0; r < count; ++r) lse_g[r] = softmax_row(scores + r * s.n, s.n);
+    for (int64_t r = 0; r < count; ++r) {
+      lse_g[r] = softmax_row(scores + r * s.n, s.n);
+      p.drop(scores + r * s.n, b, g, r);
+    }
     mm_out(p.matrix(scores, count, s.n), p.matrix(x, s.n, s.X), p.matrix(z, count, s.X));
     bmm_out(p.by_head(z, g, s.X), p.weight_of_transposed(p.w_v, g), p.by_head(heads, g, s.d));
     store_out(mutable_data<T>(out) + b * p.block(), heads, data<T>(value_bias), lse_g, p, g);
   });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, const Tensor& w_k,
-                                   const Tensor& w_v, const OptionalTensor& /*key_bias: cancels*/,
+std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, const OptionalTensor& latents,
+                                   const Tensor& w_k, const Tensor& w_v, const OptionalTensor& /*key_bias: cancels*/,
                                    const OptionalTensor& value_bias, const OptionalTensor& mask,
-                                   int64_t num_heads, double scale) {
-  const Shape s = shape_of(query, context, w_k, w_v, num_heads);
+                                   const OptionalTensor& dropout, int64_t num_heads, double scale, double dropout_p) {
+  const Shape s = shape_of(query, context, latents, w_k, w_v, num_heads);
   Tensor out = empty(query, {s.B, s.Q, s.A * s.d});
   Tensor lse = empty(query, {s.B, s.A, s.Q}, accumulation(query));
   if (out.numel() == 0) return {out, lse};
   dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
     using T = pointee<decltype(tag)>;
-    forward_groups<T>({query, context, w_k, w_v, mask, num_heads, scale}, contiguous(value_bias), out, lse);
+    forward_groups<T>({query, context, latents, w_k, w_v, mask, dropout, num_heads, scale, dropout_p}, contiguous(value_bias), out, lse);
   });
   return {out, lse};
 }
 
-// In: S (masked) and dP. Out: P and dS = P ∘ (dP - Σ P ∘ dP). P anew from S, not from the saved lse: a
-// rounded lse would put one relative error on the whole row.
+// In: P and dP. Out: dS = P ∘ (dP - Σ P ∘ dP).
 template <class F>
-void score_gradient(F* p, F* d_scores, int64_t n) {
-  softmax_row(p, n);
+void score_gradient(const F* p, F* d_scores, int64_t n) {
   double delta = 0;  // rows of dS must sum to 0, or dW_k picks up the mean of the context
   for (int64_t j = 0; j < n; ++j) delta += static_cast<double>(p[j]) * d_scores[j];
   for (int64_t j = 0; j < n; ++j) d_scores[j] = static_cast<F>(p[j] * (d_scores[j] - delta));
@@ -257,8 +280,8 @@ class Backward {
         grad_rows_(empty(lse, {s_.A, chunk_ * s_.Q, s_.d})),
         query_rows_(empty(lse, {s_.A, chunk_ * s_.Q, s_.d})),
         d_query_(torch::stable::new_zeros(lse, Sizes{s_.Q, s_.A * s_.d})),
-        dw_k_(torch::stable::new_zeros(lse, Sizes{needs[2] ? s_.A * s_.d : 0, s_.X})),
-        dw_v_(torch::stable::new_zeros(lse, Sizes{needs[3] ? s_.A * s_.d : 0, s_.X})),
+        dw_k_(torch::stable::new_zeros(lse, Sizes{needs[3] ? s_.A * s_.d : 0, s_.X})),
+        dw_v_(torch::stable::new_zeros(lse, Sizes{needs[4] ? s_.A * s_.d : 0, s_.X})),
         d_bias_(s_.A * s_.d, 0.0) {}
 
   void run() {
@@ -274,16 +297,16 @@ class Backward {
       for_each_block(count * p_.groups(), scratch, [&](int64_t i, Scratch<F>& memory) {
         group(first, i / p_.groups(), i % p_.groups(), memory);
       });
-      if (needs_[1] && count == 1) context_gradient_of_one(first);
-      else if (needs_[1])
+      if ((needs_[1] || needs_[2]) && count == 1) context_gradient_of_one(first);
+      else if (needs_[1] || needs_[2])
         for_each_block(count, sample, [&](int64_t i, Scratch<F>& memory) { context_gradient(first, i, memory.at[0]); });
       for_each_block(p_.groups(), part, [&](int64_t g, Scratch<F>& memory) { sums(first, count, g, memory.at[0]); });
     }
     if (needs_[0] && s_.shared) round_to<T>(grads_[0], 0, data<F>(d_query_), p_.block(), scale_);
-    if (needs_[2]) round_to<T>(grads_[2], 0, data<F>(dw_k_), dw_k_.numel(), F(1));
-    if (needs_[3]) round_to<T>(grads_[3], 0, data<F>(dw_v_), dw_v_.numel(), F(1));
-    for (int64_t i = 0; needs_[4] && i < s_.A * s_.d; ++i)
-      mutable_data<T>(grads_[4])[i] = Convert<T>::from(static_cast<F>(d_bias_[i]));
+    if (needs_[3]) round_to<T>(grads_[3], 0, data<F>(dw_k_), dw_k_.numel(), F(1));
+    if (needs_[4]) round_to<T>(grads_[4], 0, data<F>(dw_v_), dw_v_.numel(), F(1));
+    for (int64_t i = 0; needs_[5] && i < s_.A * s_.d; ++i)
+      mutable_data<T>(grads_[5])[i] = Convert<T>::from(static_cast<F>(d_bias_[i]));
   }
 
  private:
@@ -317,13 +340,21 @@ class Backward {
     p_.score(p, q, x, b, g);
     bmm_out(p_.heads_of(data<F>(grad_), b, g), p_.weight_of(p_.w_v, g), p_.by_head(dz, g, s_.X));
     mm_out(p_.matrix(dz, count, s_.X), p_.transposed(x, s_.n, s_.X), p_.matrix(ds, count, s_.n));
-    for (int64_t r = 0; r < count; ++r) score_gradient(p + r * s_.n, ds + r * s_.n, s_.n);
-    if (needs_[1]) {
+    for (int64_t r = 0; r < count; ++r) {
+      F *p_r = p + r * s_.n, *ds_r = ds + r * s_.n;
+      // P anew from S, not from the saved lse: a rounded lse would put one relative error on the whole row.
+      softmax_row(p_r, s_.n);
+      p_.drop(ds_r, b, g, r);
+      score_gradient(p_r, ds_r, s_.n);
+      p_.drop(p_r, b, g, r);
+    }
+    if (needs_[6]) memcpy(mutable_data<F>(grads_[6]) + (b * R_ + first) * s_.n, ds, count * s_.n * sizeof(F));
+    if (needs_[1] || needs_[2]) {
       F* keep = mutable_data<F>(p_ds_) + (i * 2 * R_ + first) * s_.n;
       memcpy(keep, p, count * s_.n * sizeof(F));
       memcpy(keep + R_ * s_.n, ds, count * s_.n * sizeof(F));
     }
-    if (!(needs_[0] || needs_[2] || needs_[3])) return;
+    if (!(needs_[0] || needs_[3] || needs_[4])) return;
     mm_out(p_.matrix(p, 2 * count, s_.n), p_.matrix(x, s_.n, s_.X), p_.matrix(z, 2 * count, s_.X));
     scatter_heads(z_, i, g, z, s_.X);
     scatter_heads(dq_, i, g, dq, s_.X);
@@ -341,25 +372,29 @@ class Backward {
     }
   }
 
+  void store_context(int64_t b, const F* dx) const {
+    const int64_t own = s_.own * s_.X, more = (s_.n - s_.own) * s_.X;
+    if (needs_[1]) round_to<T>(grads_[1], b * own, dx, own, F(1));
+    if (needs_[2]) round_to<T>(grads_[2], b * more, dx + own, more, F(1));
+  }
   // dX = [P; dS]ᵀ · [dZ; q'], samples in parallel, or one sample by blocks of its rows.
   void context_gradient(int64_t first, int64_t i, F* dx) {
-    const int64_t size = s_.n * s_.X;
     mm_out(p_.transposed(data<F>(p_ds_) + i * 2 * R_ * s_.n, 2 * R_, s_.n),
            p_.matrix(data<F>(dz_q_) + i * 2 * R_ * s_.X, 2 * R_, s_.X), p_.matrix(dx, s_.n, s_.X));
-    round_to<T>(grads_[1], (first + i) * size, dx, size, F(1));
+    store_context(first + i, dx);
   }
   void context_gradient_of_one(int64_t b) {
     const Tensor dx = empty(lse_, {s_.n, s_.X});
     mm_blocked(p_ds_.data_ptr(), s_.n, 2 * R_, 1, s_.n, torch::stable::view(dz_q_, {chunk_ * 2 * R_, s_.X}), dx.data_ptr(), p_.acc,
                sizeof(F));
-    round_to<T>(grads_[1], b * s_.n * s_.X, data<F>(dx), s_.n * s_.X, F(1));
+    store_context(b, data<F>(dx));
   }
 
   // What is summed over samples, for one group of heads.
   void sums(int64_t first, int64_t count, int64_t g, F* part) {
-    if (needs_[4]) bias_gradient(first, count, g);
-    if (needs_[2]) weight_gradient(dw_k_, query_rows_, dq_, count, g, part);
-    if (needs_[3]) weight_gradient(dw_v_, grad_rows_, z_, count, g, part);
+    if (needs_[5]) bias_gradient(first, count, g);
+    if (needs_[3]) weight_gradient(dw_k_, query_rows_, dq_, count, g, part);
+    if (needs_[4]) weight_gradient(dw_v_, grad_rows_, z_, count, g, part);
     if (needs_[0] && s_.shared) shared_query_gradient(count, g, part);
   }
 
@@ -407,25 +442,27 @@ class Backward {
   std::vector<double> d_bias_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& query, const Tensor& context, const Tensor& w_k, const Tensor& w_v,
-    const OptionalTensor& /*value_bias*/, const OptionalTensor& mask, const Tensor& /*out*/,
-    const Tensor& lse, int64_t num_heads, double scale, std::vector<bool> needs) {
-  const Shape s = shape_of(query, context, w_k, w_v, num_heads);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& query, const Tensor& context, const OptionalTensor& latents, const Tensor& w_k,
+    const Tensor& w_v, const OptionalTensor& /*value_bias*/, const OptionalTensor& mask, const OptionalTensor& dropout,
+    const Tensor& /*out*/, const Tensor& lse, int64_t num_heads, double scale, double dropout_p,
+    std::vector<bool> needs) {
+  const Shape s = shape_of(query, context, latents, w_k, w_v, num_heads);
   const auto zeros = [&](size_t i, Sizes sizes) {
     return torch::stable::new_zeros(query, needs[i] ? sizes : Sizes{0});
   };
   const Sizes weight = {s.A * s.d, s.X};
   const std::vector<Tensor> grads = {
-      zeros(0, s.shared ? Sizes{s.Q, s.A * s.d} : Sizes{s.B, s.Q, s.A * s.d}), zeros(1, {s.B, s.n, s.X}),
-      zeros(2, weight), zeros(3, weight), zeros(4, {s.A * s.d})};
+      zeros(0, s.shared ? Sizes{s.Q, s.A * s.d} : Sizes{s.B, s.Q, s.A * s.d}), zeros(1, {s.B, s.own, s.X}),
+      zeros(2, {s.B, s.n - s.own, s.X}), zeros(3, weight), zeros(4, weight), zeros(5, {s.A * s.d}),
+      torch::stable::new_zeros(lse, needs[6] ? Sizes{s.B, s.A, s.Q, s.n} : Sizes{0})};
   if (s.B * s.Q * s.n * s.X != 0)
     dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
       using T = pointee<decltype(tag)>;
-      const Problem<T> problem(query, context, w_k, w_v, mask, num_heads, scale);
+      const Problem<T> problem(query, context, latents, w_k, w_v, mask, dropout, num_heads, scale, dropout_p);
       Backward<T>(problem, grad, aligned(lse), scale, needs, grads).run();
     });
-  return {grads[0], grads[1], grads[2], grads[3], grads[4]};
+  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6]};
 }
 
 }  // namespace

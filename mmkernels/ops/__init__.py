@@ -3,16 +3,20 @@
 
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
+from mmkernels.ops.norm import Norm
 from mmkernels.ops.patch_embed import PackedPatches, patch_embed, patch_embed_packed
+from mmkernels.ops.patch_merge import patch_merge
 
-OPS = ("patch_embed", "cross_attention", "merge_embeddings")
+OPS = ("patch_embed", "cross_attention", "merge_embeddings", "patch_merge")
 
 __all__ = [
     "OPS",
+    "Norm",
     "PackedPatches",
     "cross_attention",
     "merge_embeddings",
     "patch_embed",
     "patch_embed_packed",
+    "patch_merge",
     "poll_errors",
 ]

@@ -49,15 +49,16 @@ class Invalid:
 
 
 def leaves(inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Float tensors by name, lists flattened as ``name[i]``: what has a gradient (a mask has none)."""
+    """Float tensors by name, lists flattened as ``name[i]``, named tuples as ``name.field``: what has a gradient."""
     found: dict[str, torch.Tensor] = {}
     for name, value in inputs.items():
-        items = (
-            [(f"{name}[{i}]", v) for i, v in enumerate(value)] if isinstance(value, list) else []
-        )
-        for key, tensor in items or [(name, value)]:
-            is_float = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-            if is_float and key != "attention_mask":
+        items = [(name, value)]
+        if isinstance(value, list):
+            items = [(f"{name}[{i}]", v) for i, v in enumerate(value)]
+        elif isinstance(value, tuple) and hasattr(value, "_asdict"):
+            items = [(f"{name}.{key}", v) for key, v in value._asdict().items()]
+        for key, tensor in items:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                 found[key] = tensor
     return found
 
@@ -68,6 +69,8 @@ def map_tensors(inputs: Inputs, change: Callable[[torch.Tensor], torch.Tensor]) 
     def visit(value: Any) -> Any:
         if isinstance(value, list):
             return [visit(v) for v in value]
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(visit, value))
         return change(value) if isinstance(value, torch.Tensor) else value
 
     return {name: visit(value) for name, value in inputs.items()}

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from mmkernels.ops.cross_attention import triton as cross_attention
 from mmkernels.ops.patch_embed import triton as patch_embed
+from mmkernels.ops.patch_merge import triton as patch_merge
 
 SHARED_KB = {80: 163, 90: 227, 100: 227}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -198,10 +199,33 @@ def _cross_attention(
         "additive": _meta(1, 1, Q, n, dtype=dtype).expand(B, A, Q, n),
     }
     m = masks[mask]
-    out, lse = cross_attention.cross_attention(query, context, w_k, w_v, None, bias, m, A, 0.125)
-    cross_attention.cross_attention_backward(
-        out, query, context, w_k, w_v, bias, m, out, lse, A, 0.125, [True] * 5
+    out, lse = cross_attention.cross_attention(
+        query, context, None, w_k, w_v, None, bias, m, None, A, 0.125, 0.0
     )
+    cross_attention.cross_attention_backward(
+        out, query, context, None, w_k, w_v, bias, m, None, out, lse, A, 0.125, 0.0, [True] * 7
+    )
+
+
+def _patch_merge(
+    dtype: torch.dtype,
+    N: int,
+    C: int,
+    J: int,
+    norm: str,
+    after: bool,
+    *,
+    gathered: bool,
+    ckk: bool = False,
+) -> None:
+    features = _meta(N, C, dtype=dtype)
+    index = _meta(N // J, J, dtype=torch.int64) if gathered else None
+    width = C * J if after else C
+    weight = None if norm == "none" else _meta(width, dtype=dtype)
+    bias = _meta(width, dtype=dtype) if norm == "layer" else None
+    arguments = (features, index, weight, bias, J, norm, after, ckk, 1e-6)
+    out = patch_merge.patch_merge(*arguments)
+    patch_merge.patch_merge_backward(out, *arguments, [True] * 3)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -232,6 +256,14 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "blip2_padded": lambda t: _cross_attention(t, 16, 32, 257, 1408, 12, 64, mask="bool"),
     "siglip_map_head": lambda t: _cross_attention(t, 16, 1, 729, 1152, 16, 72, shared=True),
     "granite_window": lambda t: _cross_attention(t, 256, 3, 15, 1024, 16, 64, mask="additive"),
+    "merge_qwen2_vl": lambda t: _patch_merge(t, 16384, 1280, 4, "layer", False, gathered=False),
+    "merge_internvl": lambda t: _patch_merge(t, 8192, 1024, 4, "layer", True, gathered=True),
+    "merge_mistral3": lambda t: _patch_merge(
+        t, 8192, 1024, 4, "rms", False, gathered=True, ckk=True
+    ),
+    "merge_rms_ckk": lambda t: _patch_merge(t, 8192, 1111, 4, "rms", True, gathered=True, ckk=True),
+    "merge_bare": lambda t: _patch_merge(t, 8192, 1152, 4, "none", False, gathered=True),
+    "merge_wide_norm": lambda t: _patch_merge(t, 4096, 3584, 1, "layer", False, gathered=False),
     "cross_of_ones": lambda t: _cross_attention(t, 1, 1, 1, 1, 1, 1, shared=True),
 }
 FP16_CASES = ("clip_l14_336", "blip2_layer")

@@ -10,7 +10,7 @@ import torch
 from mmkernels.testing import Case, gradients, yardstick
 from mmkernels.testing.case import Inputs
 
-OPS = ("patch_embed", "cross_attention")
+OPS = ("patch_embed", "cross_attention", "patch_merge")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # For an interpreter; test_layouts.py and test_patch_embed.py have several tiles, groups and filters, too.
 TOO_LONG = (
@@ -21,6 +21,7 @@ TOO_LONG = (
     "packed_bicubic_antialias",
     "two_chunks",
     "a_chunk_of_one",
+    "many_rows",
 )
 
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public ``cross_attention``: what it computes, the checks, and the choice of algorithm."""
+"""The public ``cross_attention``: what it computes, and the choice of algorithm."""
 
 import torch
-import torch.nn.functional as F
 
 from mmkernels import checks
+from mmkernels.ops.cross_attention import arguments
+from mmkernels.ops.cross_attention.absorbed import absorbed
+from mmkernels.ops.cross_attention.arguments import OP, Position
 from mmkernels.ops.cross_attention.cost import absorbs
-from mmkernels.ops.cross_attention.op import FORWARD
-
-_OP = "cross_attention"
+from mmkernels.ops.cross_attention.projected import projected
+from mmkernels.ops.norm import Norm, check_norm
+from mmkernels.ops.patch_merge.op import FORWARD as MERGE
 
 
 def cross_attention(
@@ -20,140 +22,115 @@ def cross_attention(
     value_bias: torch.Tensor | None = None,
     *,
     num_heads: int,
+    num_key_value_heads: int | None = None,
     attention_mask: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
+    context_norm: Norm | None = None,
+    key_position: Position | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
     algorithm: str = "auto",
 ) -> torch.Tensor:
     """Few learned queries attend to many feature tokens; the K and V projections are part of the op.
 
-    ``out_h = softmax(scale · q_h (context W_k,hᵀ + b_k,h)ᵀ + mask) (context W_v,hᵀ + b_v,h)``, before the output
-    projection. Absorbed, K and V are never formed: ``q'_h = q_h W_k,h``, ``S_h = q'_h contextᵀ``,
-    ``out_h = (softmax(S_h) context) W_v,hᵀ + b_v,h``; ``b_k`` cancels in the softmax.
+    ``out_h = softmax(scale · q_h (x W_k,hᵀ + b_k,h)ᵀ + mask) (x W_v,hᵀ + b_v,h)`` with x = ``context``, before the
+    output projection. Absorbed, K and V are never formed: ``q'_h = q_h W_k,h``, ``S_h = q'_h xᵀ``,
+    ``out_h = (softmax(S_h) x) W_v,hᵀ + b_v,h``; ``b_k`` cancels in the softmax.
 
     Args:
-        query: Already projected, ``[B, Q, A·d]``, or ``[Q, A·d]`` shared by the batch.
-        context: ``[B, n, X]``; one dtype for all float arguments.
-        key_weight, value_weight: ``[A·d, X]``, the layout of ``nn.Linear.weight``.
-        key_bias, value_bias: ``[A·d]``.
+        query: Already projected, ``[B, Q, A·d]``, or ``[Q, A·d]`` shared by the batch (then projected once).
+        context: ``[B, n, X]``, or packed ``[tokens, X]`` with ``cu_seqlens``; one dtype for all float arguments.
+        key_weight, value_weight: ``[A·d, X]`` (A_kv·d), the layout of ``nn.Linear.weight``.
+        key_bias, value_bias: ``[A·d]`` (A_kv·d).
         num_heads: A.
+        num_key_value_heads: A_kv, a divisor of A: query head h reads key head ⌊h·A_kv/A⌋. Default A.
         attention_mask: As in SDPA: bool (True = attend) or additive, broadcastable to
-            ``[B, A, Q, n]``. A row that may attend to nothing gives 0 and no gradient.
+            ``[B, A, Q, n]``. A row that may attend to nothing gives 0 and no gradient. Not with cu_seqlens.
+        latents: ``[B, L, X]``, a second source of keys and values, of which every query sees all: the Perceiver's
+            ``cat(context, latents)`` in either order, not concatenated. Its norm is the caller's.
+        context_norm: ``Norm("layer" or "rms", weight, bias, eps)`` of the context before K and V.
+        key_position: Added to the context for K, not for V: ``[n, X]``, or a grid's ``([rows, X],
+            [columns, X])``, whose sum it is; n = rows·columns. Not with cu_seqlens.
+        cu_seqlens: Offsets of the samples in a packed context, ``[B + 1]`` int32 or int64; max_seqlen: the longest
+            of them, needed on a GPU (read from cu_seqlens on CPU).
         scale: Default ``1/√d``.
+        dropout_p: Of the attention probabilities, where it is not 0.
         algorithm: ``"projected"`` (torch's own GEMM and SDPA), ``"absorbed"`` (ours), or ``"auto"``: the
             rule of ``cost.py`` on Q, n, d, X and dtype.
 
     Returns:
         ``[B, Q, A·d]`` in the query's dtype (the autocast dtype under autocast).
 
-    Gradients: query, context, weights, biases (``key_bias``: exactly 0 when absorbed). An additive mask
-        gets one from ``projected`` only.
+    Gradients: all float arguments, an additive mask too (``key_bias``: exactly 0 when absorbed).
 
     Raises:
         ValueError, TypeError: Names argument, got, expected.
 
     Numerics: absorbed, q' and P·X stay in fp32, the softmax is fp32; one rounding at the end.
+        ``context_norm`` rounds to the dtype, as the module does.
 
     Source: BLIP-2 (Li et al. 2023) ``Blip2QFormerMultiHeadAttention`` with ``encoder_hidden_states``;
-        absorption as in DeepSeek-V2's MLA.
+        ``Idefics2PerceiverAttention``, ``AriaCrossAttention``; Flamingo (Alayrac et al. 2022); absorption as in
+        DeepSeek-V2's MLA.
     """
-    _check(query, context, key_weight, value_weight, num_heads)
-    _check_biases(key_bias, value_bias, key_weight)
-    mask = _mask(attention_mask, query, context, num_heads)
+    kv_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+    packed = cu_seqlens is not None
+    arguments.check(query, context, key_weight, value_weight, num_heads, kv_heads, packed)
+    arguments.check_biases(key_bias, value_bias, key_weight)
+    check_norm(OP, "context_norm", context_norm, context.shape[-1], context)
     if algorithm not in ("auto", "projected", "absorbed"):
-        checks.fail(_OP, "algorithm", repr(algorithm), '"auto", "projected" or "absorbed"')
-    d = key_weight.shape[0] // num_heads
-    scale = d**-0.5 if scale is None else float(scale)
+        checks.fail(OP, "algorithm", repr(algorithm), '"auto", "projected" or "absorbed"')
+    if not 0 <= dropout_p < 1:
+        checks.fail(OP, "dropout_p", dropout_p, "from 0 to below 1")
+    if context_norm is not None:
+        context = _normed(context, context_norm)
+    mask = attention_mask
+    if cu_seqlens is not None:
+        context, mask = _padded(context, cu_seqlens, max_seqlen, attention_mask, key_position)
+    B, n, X = context.shape
+    if query.dim() == 3 and query.shape[0] != B:
+        checks.fail(OP, "query", list(query.shape), f"[{B}, Q, A·d] for this context")
+    Q, d = query.shape[-2], query.shape[-1] // num_heads
+    mask = arguments.expanded_mask(mask, B, num_heads, Q, n, query.device)
+    arguments.check_latents(latents, B, context)
+    position = arguments.position_of(key_position, n, context)
     if algorithm == "auto":
-        Q, (n, X) = query.shape[-2], context.shape[1:]
-        algorithm = "absorbed" if absorbs(Q, n, d, X, _dtype(query)) else "projected"
-    weights = (key_weight, value_weight, key_bias, value_bias)
-    if algorithm == "projected":
-        return _projected(query, context, *weights, mask, num_heads, scale)
-    out: torch.Tensor = FORWARD(query, context, *weights, mask, num_heads, scale)[0]
-    return out
-
-
-def _projected(
-    query: torch.Tensor,
-    context: torch.Tensor,
-    key_weight: torch.Tensor,
-    value_weight: torch.Tensor,
-    key_bias: torch.Tensor | None,
-    value_bias: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    A: int,
-    scale: float,
-) -> torch.Tensor:
-    """torch's own path: two GEMMs and SDPA, where forming K and V is the cheaper way."""
-    B = context.shape[0]
-    key = F.linear(context, key_weight, key_bias).unflatten(-1, (A, -1)).transpose(1, 2)
-    value = F.linear(context, value_weight, value_bias).unflatten(-1, (A, -1)).transpose(1, 2)
-    q = query.expand(B, *query.shape[-2:]).unflatten(-1, (A, -1)).transpose(1, 2)
-    if mask is not None and mask.is_floating_point():
-        mask = mask.to(key.dtype)
-    out = F.scaled_dot_product_attention(q, key, value, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).flatten(2)
-
-
-def _dtype(tensor: torch.Tensor) -> torch.dtype:
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
-def _check(
-    query: torch.Tensor,
-    context: torch.Tensor,
-    key_weight: torch.Tensor,
-    value_weight: torch.Tensor,
-    num_heads: int,
-) -> None:
-    checks.floating(_OP, "query", query)
-    for name, tensor in (
-        ("context", context),
-        ("key_weight", key_weight),
-        ("value_weight", value_weight),
-    ):
-        checks.like(_OP, name, tensor, query, "query")
-    if context.dim() != 3:
-        checks.fail(_OP, "context", list(context.shape), "[B, n, X]")
-    if query.dim() not in (2, 3):
-        checks.fail(_OP, "query", list(query.shape), "[B, Q, A·d] or [Q, A·d]")
-    if query.dim() == 3 and query.shape[0] != context.shape[0]:
-        checks.fail(
-            _OP, "query", list(query.shape), f"[{context.shape[0]}, Q, A·d] for this context"
+        keys, rows = n + (0 if latents is None else latents.shape[1]), Q * (num_heads // kv_heads)
+        algorithm = (
+            "absorbed" if absorbs(rows, keys, d, X, arguments.dtype_of(query)) else "projected"
         )
-    width, X = query.shape[-1], context.shape[-1]
-    if num_heads <= 0 or width % num_heads or width == 0:
-        checks.fail(_OP, "num_heads", num_heads, f"a divisor of the query width {width}")
-    checks.shape(_OP, "key_weight", key_weight, (width, X), "[A·d, X]")
-    checks.shape(_OP, "value_weight", value_weight, (width, X), "[A·d, X]")
+    run = absorbed if algorithm == "absorbed" else projected
+    out = run(
+        arguments.grouped(query, num_heads, kv_heads), context, latents,
+        (key_weight, value_weight, key_bias, value_bias), arguments.grouped_mask(mask, kv_heads), position,
+        kv_heads, d**-0.5 if scale is None else float(scale), dropout_p,
+    )  # fmt: skip
+    return arguments.ungrouped(out, num_heads, kv_heads)
 
 
-def _check_biases(
-    key_bias: torch.Tensor | None, value_bias: torch.Tensor | None, key_weight: torch.Tensor
-) -> None:
-    for name, bias in (("key_bias", key_bias), ("value_bias", value_bias)):
-        if bias is not None:
-            checks.like(_OP, name, bias, key_weight, "key_weight")
-            checks.shape(_OP, name, bias, (key_weight.shape[0],), "[A·d]")
+def _normed(context: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """Our own norm: its gradients have the same bits for any number of threads."""
+    rows = context.reshape(-1, context.shape[-1])
+    kind, weight, bias, eps = norm
+    out: torch.Tensor = MERGE(rows, None, weight, bias, 1, kind, False, False, eps)
+    return out.view(context.shape)
 
 
-def _mask(
-    attention_mask: torch.Tensor | None, query: torch.Tensor, context: torch.Tensor, A: int
-) -> torch.Tensor | None:
-    if attention_mask is None:
-        return None
-    if attention_mask.dtype != torch.bool:
-        checks.floating(_OP, "attention_mask (unless bool)", attention_mask)
-    if attention_mask.device != query.device:
-        checks.fail(_OP, "attention_mask", attention_mask.device, f"on {query.device}")
-    full = (context.shape[0], A, query.shape[-2], context.shape[1])
-    shape = attention_mask.shape
-    padded = (1,) * (4 - len(shape)) + tuple(shape)
-    if len(shape) > 4 or any(s not in (1, f) for s, f in zip(padded, full, strict=True)):
-        checks.fail(
-            _OP, "attention_mask", list(shape), f"broadcastable to [B, A, Q, n] = {list(full)}"
-        )
-    return attention_mask.expand(full)
+def _padded(
+    context: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None,
+    attention_mask: torch.Tensor | None,
+    key_position: Position | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[B, n, X]`` and the mask of what is a token, of a packed context."""
+    for name, value in (("attention_mask", attention_mask), ("key_position", key_position)):
+        if value is not None:
+            checks.fail(OP, name, "given", "None with cu_seqlens")
+    rows, inside = arguments.places_of(cu_seqlens, max_seqlen, context.shape[0])
+    if context.shape[0] == 0:
+        return context.new_empty(*rows.shape, context.shape[1]), inside
+    padded = context.index_select(0, rows.flatten()).view(*rows.shape, context.shape[1])
+    return padded, inside

@@ -17,13 +17,16 @@ from mmkernels.ops.cross_attention import reference
 def _fake(
     query: torch.Tensor,
     context: torch.Tensor,
+    latents: torch.Tensor | None,
     key_weight: torch.Tensor,
     value_weight: torch.Tensor,
     key_bias: torch.Tensor | None,
     value_bias: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
+    dropout_mask: torch.Tensor | None,
     num_heads: int,
     scale: float,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, Q = context.shape[0], query.shape[-2]
     acc = torch.promote_types(query.dtype, torch.float32)
@@ -35,70 +38,80 @@ def _fake_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
     context: torch.Tensor,
+    latents: torch.Tensor | None,
     key_weight: torch.Tensor,
     value_weight: torch.Tensor,
     value_bias: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
+    dropout_mask: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     num_heads: int,
     scale: float,
+    dropout_p: float,
     needs: list[bool],
 ) -> tuple[torch.Tensor, ...]:
-    bias_shape = value_weight.shape[:1]
-    shapes = (query.shape, context.shape, key_weight.shape, value_weight.shape, bias_shape)
-    pairs = zip(shapes, needs, strict=True)
-    return tuple(query.new_empty(shape if need else 0) for shape, need in pairs)
+    bias_shape, of_latents = value_weight.shape[:1], (0,) if latents is None else latents.shape
+    shapes = (
+        query.shape, context.shape, of_latents, key_weight.shape, value_weight.shape, bias_shape,
+    )  # fmt: skip
+    found = [query.new_empty(s if need else 0) for s, need in zip(shapes, needs, strict=False)]
+    n = context.shape[1] + (0 if latents is None else latents.shape[1])
+    return (*found, lse.new_empty((*lse.shape, n) if needs[6] else 0))
 
 
 FORWARD = backends.define(
     "cross_attention",
-    "(Tensor query, Tensor context, Tensor key_weight, Tensor value_weight, Tensor? key_bias,"
-    " Tensor? value_bias, Tensor? attention_mask, int num_heads, float scale) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor context, Tensor? latents, Tensor key_weight, Tensor value_weight, Tensor? key_bias,"
+    " Tensor? value_bias, Tensor? attention_mask, Tensor? dropout_mask, int num_heads, float scale,"
+    " float dropout_p) -> (Tensor, Tensor)",
     reference=reference.cross_attention,
     fake=_fake,
 )
 BACKWARD = backends.define(
     "cross_attention_backward",
-    "(Tensor grad, Tensor query, Tensor context, Tensor key_weight, Tensor value_weight,"
-    " Tensor? value_bias, Tensor? attention_mask, Tensor out, Tensor lse, int num_heads, float scale,"
-    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor query, Tensor context, Tensor? latents, Tensor key_weight, Tensor value_weight,"
+    " Tensor? value_bias, Tensor? attention_mask, Tensor? dropout_mask, Tensor out, Tensor lse, int num_heads,"
+    " float scale, float dropout_p, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.cross_attention_backward,
     fake=_fake_backward,
-    autocast_skip=tuple(range(9)),
+    autocast_skip=tuple(range(11)),
 )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    query, context, key_weight, value_weight, key_bias, value_bias, mask, ctx.heads, ctx.scale = (
-        inputs
-    )
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(
-        query, context, key_weight, value_weight, key_bias, value_bias, mask, out, lse
-    )
+    *tensors, ctx.heads, ctx.scale, ctx.dropout_p = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-    query, context, key_weight, value_weight, key_bias, value_bias, mask, out, lse = (
-        ctx.saved_tensors
-    )
+    (
+        query,
+        context,
+        latents,
+        key_weight,
+        value_weight,
+        key_bias,
+        value_bias,
+        mask,
+        dropout,
+        out,
+        lse,
+    ) = ctx.saved_tensors
     wanted = ctx.needs_input_grad
-    if wanted[6]:
-        raise RuntimeError(
-            "cross_attention: attention_mask has no gradient with algorithm='absorbed'; "
-            "use algorithm='projected' for a learned additive mask"
-        )
-    needs = [wanted[0], wanted[1], wanted[2], wanted[3], wanted[5]]
+    needs = [*wanted[:5], wanted[6], wanted[7]]
     grads = BACKWARD.overload(
-        grad.contiguous(), query, context, key_weight, value_weight, value_bias, mask, out, lse,
-        ctx.heads, ctx.scale, needs,
+        grad.contiguous(), query, context, latents, key_weight, value_weight, value_bias, mask, dropout,
+        out, lse, ctx.heads, ctx.scale, ctx.dropout_p, needs,
     )  # fmt: skip
-    q, x, w_k, w_v, b_v = (g if need else None for g, need in zip(grads, needs, strict=True))
+    q, x, more, w_k, w_v, b_v, m = (
+        g if need else None for g, need in zip(grads, needs, strict=True)
+    )
     # Adding q · b_k to a whole row of scores changes nothing, so its gradient is exactly 0.
-    b_k = torch.zeros_like(key_bias) if wanted[4] else None
-    return q, x, w_k, w_v, b_k, b_v, None, None, None
+    b_k = torch.zeros_like(key_bias) if wanted[5] else None
+    m = m if m is None else m.to(mask.dtype)
+    return q, x, more, w_k, w_v, b_k, b_v, m, None, None, None, None
 
 
 backends.differentiable("cross_attention", _backward, _save)

@@ -336,15 +336,20 @@ def _mask_arguments(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, tup
 def cross_attention(
     query: torch.Tensor,
     context: torch.Tensor,
+    latents: torch.Tensor | None,
     key_weight: torch.Tensor,
     value_weight: torch.Tensor,
     key_bias: torch.Tensor | None,
     value_bias: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
+    dropout_mask: torch.Tensor | None,
     num_heads: int,
     scale: float,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``reference.cross_attention``; ``key_bias`` cancels in the softmax and is not read."""
+    if latents is not None:
+        context = torch.cat([context, latents], 1)
     (B, n, X), A, dtype = context.shape, num_heads, query.dtype
     Q, R = query.shape[-2], query.shape[-2] * num_heads
     out = query.new_empty(B, Q, value_weight.shape[0])
@@ -357,19 +362,27 @@ def cross_attention(
     for samples in _groups(B, (n * X + R * n) * size + 8 * R * X):
         q = _through(query[samples], key_weight, A, scale) if shared is None else shared
         mask = None if attention_mask is None else attention_mask[samples]
-        z_BRX = _attend(q, context[samples], mask, lse[samples], R, A)
+        keep = _keep(dropout_mask, samples)
+        z_BRX = _attend(q, context[samples], mask, keep, lse[samples], R, A)
         _product(
             z_BRX.view(-1, A, X).transpose(0, 1),
             value_weight.unflatten(0, (A, -1)).transpose(1, 2),
-            _by_head(out[samples], A), dtype, bias=bias, lse=lse[samples],
+            _by_head(out[samples], A), dtype, alpha=1 / (1 - dropout_p), bias=bias,
+            lse=lse[samples],
         )  # fmt: skip
     return out, lse
+
+
+def _keep(dropout_mask: torch.Tensor | None, samples: slice) -> torch.Tensor | None:
+    """``[B, A, Q, n]`` of some samples as score rows, ``[B, R, n]``."""
+    return None if dropout_mask is None else dropout_mask[samples].transpose(1, 2).flatten(1, 2)
 
 
 def _attend(
     q_BRX: torch.Tensor,
     context: torch.Tensor,
     mask: torch.Tensor | None,
+    keep: torch.Tensor | None,
     lse: torch.Tensor,
     R: int,
     A: int,
@@ -389,6 +402,8 @@ def _attend(
             q_BRX.stride(0) if q_BRX.shape[0] > 1 else 0, *context.stride(), *strides,
             DTYPE=DTYPE, MASK=MASK, **config,
         )  # fmt: skip
+    if keep is not None:  # dropped after they were summed
+        p_BRn[..., :n].mul_(keep)
     z_BRX = torch.empty((B, R, X), dtype=torch.float32, device=context.device)
     config = values_config(R, n, context.dtype)
     _values_kernel[(B * tiles_r * max(triton.cdiv(X, config["BLOCK_X"]), 1),)](
@@ -402,17 +417,23 @@ def cross_attention_backward(
     grad: torch.Tensor,
     query: torch.Tensor,
     context: torch.Tensor,
+    latents: torch.Tensor | None,
     key_weight: torch.Tensor,
     value_weight: torch.Tensor,
     value_bias: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
+    dropout_mask: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     num_heads: int,
     scale: float,
+    dropout_p: float,
     needs: list[bool],
 ) -> tuple[torch.Tensor, ...]:
     """As ``reference.cross_attention_backward``; K, V and their gradients are never formed."""
+    own = context.shape[1]
+    if latents is not None:
+        context = torch.cat([context, latents], 1)
     (B, n, X), A, dtype = context.shape, num_heads, query.dtype
     R = query.shape[-2] * num_heads
     wide = {"dtype": torch.float32, "device": query.device}
@@ -427,34 +448,42 @@ def cross_attention_backward(
     q_shared = _through(query, key_weight, A, scale)[None] if is_shared else empty
     dq_shared = torch.zeros((R, X), **wide) if is_shared else empty
     lse = lse.contiguous()
+    d_mask = lse.new_empty((*lse.shape, n) if needs[6] else 0)
     for samples in _groups(B, n * X * context.element_size() + 8 * R * n + 12 * R * X):
         x, d_out = context[samples], grad[samples]
         q = q_shared if is_shared else _through(query[samples], key_weight, A, scale)
         dz = _through(d_out, value_weight, A)
         mask = None if attention_mask is None else attention_mask[samples]
         p, ds = _grad_scores(q, dz, x, mask, lse[samples], R, A)
-        if needs[0] or needs[2]:
+        p, ds = _through_softmax(p, ds, _keep(dropout_mask, samples), dropout_p)
+        if needs[6]:
+            d_mask[samples] = ds.unflatten(1, (-1, A)).transpose(1, 2)
+        if needs[0] or needs[3]:
             dq = _product(ds, x, torch.empty_like(dz), dtype, alpha=scale)
             if is_shared:
                 dq_shared += dq.sum(0)
             else:
                 _finish_query(dq, query[samples], key_weight, d_query[samples], d_w_k, A, needs)
-        if needs[1]:
+        if needs[1] or needs[2]:
             part = torch.empty(x.shape, **wide)
             _product(p.transpose(1, 2), dz, part, dtype)
             q = q.expand(x.shape[0], R, X)
             _product(ds.transpose(1, 2), q, d_context[samples], dtype, add=part)
-        if needs[3]:
+        if needs[4]:
             z_BRX = _product(p, x, dz, dtype)
             heads = z_BRX.view(-1, A, X).transpose(0, 1)
             _product(_by_head(d_out, A).transpose(1, 2), heads, d_w_v, dtype, add=d_w_v)
-    if is_shared and (needs[0] or needs[2]):
+    if is_shared and (needs[0] or needs[3]):
         _finish_query(dq_shared, query, key_weight, d_query, d_w_k, A, needs)
-    grads = (d_query, d_context, d_w_k.flatten(0, 1), d_w_v.flatten(0, 1))
-    d_bias = _grad_bias(grad, lse, A) if needs[4] else empty
-    return tuple(
-        g.to(dtype) if need else empty for g, need in zip((*grads, d_bias), needs, strict=True)
-    )
+    d_latents = d_context[:, own:].contiguous()
+    if latents is not None:
+        d_context = d_context[:, :own].contiguous()
+    grads = (d_query, d_context, d_latents, d_w_k.flatten(0, 1), d_w_v.flatten(0, 1))
+    d_bias = _grad_bias(grad, lse, A) if needs[5] else empty
+    found = [
+        g.to(dtype) if need else empty for g, need in zip((*grads, d_bias), needs, strict=False)
+    ]
+    return (*found, d_mask)
 
 
 def _grad_scores(
@@ -466,7 +495,7 @@ def _grad_scores(
     R: int,
     A: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probabilities and the gradient of the scores, fp32."""
+    """The probabilities and their gradient, fp32, not yet normalised."""
     B, n, X = context.shape
     p_BRn, dp_BRn = torch.empty((2, B, R, n), dtype=torch.float32, device=context.device)
     if p_BRn.numel() == 0:
@@ -479,11 +508,28 @@ def _grad_scores(
         q_BRX.stride(0) if q_BRX.shape[0] > 1 else 0, *context.stride(), *strides,
         DTYPE=_DTYPES[context.dtype], MASK=MASK, **config,
     )  # fmt: skip
+    return p_BRn, dp_BRn
+
+
+def _through_softmax(
+    p_BRn: torch.Tensor,
+    dp_BRn: torch.Tensor,
+    keep: torch.Tensor | None,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place: the probabilities, after dropout, and the gradient of the scores."""
+    if p_BRn.numel() == 0:
+        return p_BRn, dp_BRn
     total = p_BRn.sum(-1, keepdim=True)
     p_BRn.div_(total.masked_fill_(total == 0, 1.0))
+    if keep is not None:
+        dp_BRn.mul_(keep).mul_(1 / (1 - dropout_p))
     # From P·dP, not from dO·out: its rounding is that of dP and cancels where a row attends to one key.
     delta = (p_BRn * dp_BRn).sum(-1, keepdim=True)
-    return p_BRn, dp_BRn.sub_(delta).mul_(p_BRn)
+    dp_BRn.sub_(delta).mul_(p_BRn)
+    if keep is not None:
+        p_BRn.mul_(keep).mul_(1 / (1 - dropout_p))
+    return p_BRn, dp_BRn
 
 
 def _finish_query(
@@ -500,7 +546,7 @@ def _finish_query(
     if needs[0]:
         weight = key_weight.unflatten(0, (A, -1)).transpose(1, 2)
         _product(heads_ARX, weight, _by_head(d_query, A), query.dtype)
-    if needs[2]:
+    if needs[3]:
         _product(_by_head(query, A).transpose(1, 2), heads_ARX, d_w_k, query.dtype, add=d_w_k)
 
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-attention without K and V: our op."""
+
+import torch
+import torch.nn.functional as F
+
+from mmkernels.ops.cross_attention.op import FORWARD
+
+
+def absorbed(
+    query: torch.Tensor,
+    context: torch.Tensor,
+    latents: torch.Tensor | None,
+    weights: tuple[torch.Tensor | None, ...],
+    mask: torch.Tensor | None,
+    position: tuple[torch.Tensor, ...],
+    A: int,
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
+    """As ``projected``."""
+    if position:
+        scores = _scores_of(query, position, weights[0], A, scale)
+        mask = _add_scores(mask, scores, context)
+    n = context.shape[1]
+    if latents is not None:
+        n += latents.shape[1]
+        if mask is not None:
+            value = True if mask.dtype == torch.bool else 0.0
+            mask = F.pad(mask, (0, latents.shape[1]), value=value)
+    keep = None
+    if dropout_p > 0:
+        keep = torch.rand(len(context), A, query.shape[-2], n, device=context.device) >= dropout_p
+    out: torch.Tensor = FORWARD(query, context, latents, *weights, mask, keep, A, scale, dropout_p)[
+        0
+    ]
+    return out
+
+
+def _scores_of(
+    query: torch.Tensor,
+    position: tuple[torch.Tensor, ...],
+    key_weight: torch.Tensor | None,
+    A: int,
+    scale: float,
+) -> torch.Tensor:
+    """What positions of keys add to the scores, ``[1 or B, A, Q, n]``, at least in fp32: a table at a time."""
+    assert key_weight is not None
+    wide = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        q = query.to(wide).unflatten(-1, (A, -1)).transpose(-2, -3) * scale
+        tables = [F.linear(p.to(wide), key_weight.to(wide)) for p in position]
+        scores = [q @ t.unflatten(-1, (A, -1)).permute(1, 2, 0) for t in tables]
+    if len(scores) == 2:
+        rows, columns = scores
+        scores = [(rows[..., :, None] + columns[..., None, :]).flatten(-2)]
+    return scores[0] if query.dim() == 3 else scores[0][None]
+
+
+def _add_scores(
+    mask: torch.Tensor | None, scores: torch.Tensor, context: torch.Tensor
+) -> torch.Tensor:
+    if mask is None:
+        return scores.expand(context.shape[0], *scores.shape[1:])
+    if mask.dtype == torch.bool:
+        return torch.where(mask, scores, -torch.inf)
+    return scores + mask

@@ -13,6 +13,7 @@ torch=$("$python" -c 'import importlib.util as u; print(next(iter(u.find_spec("t
 tools=$(dirname "$python")
 PATH=$tools:$PATH
 
+mkdir -p "$build"
 cmake -S "$root" -B "$build" -G Ninja -DTORCH_DIR="$torch" -DMMK_BUILD=cpu -DMMK_SANITIZE=ON \
   -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/lib" >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 cmake --build "$build" -j "${MAX_JOBS:-2}" >>"$build.log" 2>&1 || { cat "$build.log"; exit 1; }

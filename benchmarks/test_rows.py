@@ -21,6 +21,7 @@ def _parameters() -> list[Any]:
         pytest.param(job, variant, id=f"{job.name}-{variant}".replace(" ", "-"), marks=marks)
         for job in rows.jobs()
         for variant in VARIANTS
+        if variant not in rows.too_slow(job)
         for marks in [_marks(job, variant)]
     ]
 

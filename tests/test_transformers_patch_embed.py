@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """patch_embed against transformers' own modules, tiny and with random weights: tokens and all gradients.
 
-The truth is transformers' module in fp64, its own casts to fp32 included (``_InFp64``). In fp64 ours is
+The truth is transformers' module in fp64, its own casts to fp32 included (``InFp64``). In fp64 ours is
 within 1e-9 of the largest value. In fp32 and bf16 a family that is one reduction holds the bound of
 TOLERANCES.md, of which transformers' rounding is no part; a chain (``Family.chain``: norms, or positions
 summed before they are added) is at most 1.05 times as far off as transformers' module in that dtype, or,
@@ -9,77 +9,28 @@ gradients, one ulp of the tensor's largest value.
 """
 
 import contextlib
-import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import mmkernels
 from mmkernels.ops.patch_embed import reference
 from mmkernels.testing import yardstick
 
 pytest.importorskip("transformers")
-from patch_embed_families import FAMILIES, PROCESSED, Family, Processed, Run
+from against_transformers import (
+    InFp64,
+    Tensors,
+    changed,
+    errors_of_transformers,
+    made,
+    result,
+    truth,
+)
+from patch_embed_families import FAMILIES, PROCESSED, Family, Processed
 
-Tensors = dict[str, torch.Tensor]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-
-
-class _InFp64(TorchFunctionMode):
-    """Code that asks for fp32, or takes the default, gets fp64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        swap = lambda v: torch.float64 if v is torch.float32 else v
-        return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
-
-    def __enter__(self) -> "_InFp64":
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        torch.set_default_dtype(torch.float32)
-        super().__exit__(*error)
-
-
-def made(family: Family, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
-    """The module and pixels, every value random and exact in ``dtype``."""
-    torch.manual_seed(0)
-    module = family.build().eval()
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return module.to(dtype), torch.randn(family.pixels).to(dtype)
-
-
-def changed(module: nn.Module, change: Any) -> nn.Module:
-    """A copy in fp64 whose parameters are ``change`` of the module's."""
-    module = copy.deepcopy(module).double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(change(parameter))
-    return module
-
-
-def result(run: Run, module: nn.Module, pixels: torch.Tensor, grad: torch.Tensor) -> Tensors:
-    """Tokens and the gradients of pixels and parameters that have one, for this gradient of the tokens."""
-    pixels = pixels.detach().requires_grad_()
-    parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    out = run(module, pixels)
-    out = out.reshape(-1, out.shape[-1])
-    wanted = [pixels, *parameters.values()]
-    grads = torch.autograd.grad(out, wanted, grad.to(out.dtype), allow_unused=True)
-    found = {"out": out, "pixels": grads[0], **dict(zip(parameters, grads[1:], strict=True))}
-    return {name: g.detach() for name, g in found.items() if g is not None}
-
-
-def truth(family: Family, module: nn.Module, pixels: torch.Tensor, grad: torch.Tensor) -> Tensors:
-    """Of transformers' module, in fp64."""
-    with _InFp64():
-        return result(family.theirs, changed(module, lambda p: p), pixels.double(), grad)
 
 
 def to_power(t: torch.Tensor, power: int) -> torch.Tensor:
@@ -131,32 +82,12 @@ def before_positions(
         return tokens.reshape(-1, tokens.shape[-1])
 
 
-def errors_of_transformers(
-    family: Family, module: nn.Module, pixels: torch.Tensor, grad: torch.Tensor
-) -> Tensors:
-    """The largest of each tensor over the same inputs scaled by up to 6 %, which rounds otherwise."""
-    worst: Tensors = {}
-    for i in range(16):
-        scaled = copy.deepcopy(module)
-        with torch.no_grad():
-            for parameter in scaled.parameters():
-                parameter.mul_(1 + i / 256)
-        there = pixels * (1 + i / 256)
-        expected = truth(family, scaled, there, grad)
-        for name, value in result(family.theirs, scaled, there, grad).items():
-            error = (value.double() - expected[name]).abs().max()
-            worst[name] = torch.maximum(worst.get(name, error), error)
-    return worst
-
-
 def check(family: Family, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is out of bounds."""
     module, pixels = made(family, dtype)
     out = family.ours(module, pixels)
     grad = yardstick.upstream(out.reshape(-1, out.shape[-1]))
-    with (
-        _InFp64() if dtype == torch.float64 else contextlib.nullcontext()
-    ):  # its norms cast as well
+    with InFp64() if dtype == torch.float64 else contextlib.nullcontext():  # its norms cast as well
         got = result(family.ours, module, pixels, grad)
     expected = truth(family, module, pixels, grad)
     assert got.keys() == expected.keys()
@@ -192,7 +123,7 @@ def test_uint8_images_equal_what_the_image_processor_lays_out(case: Processed) -
     module = changed(made(family, torch.float32)[0], lambda p: p)
     images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((16, 24), (24, 8))]
     with torch.no_grad():
-        with _InFp64():
+        with InFp64():
             expected = case.theirs(module, case.process(images))
         got = case.ours(module, images)
     expected = expected.reshape(-1, expected.shape[-1])

@@ -2,5 +2,6 @@
 """Learned-query cross-attention with its K and V projections inside."""
 
 from mmkernels.ops.cross_attention.api import cross_attention
+from mmkernels.ops.cross_attention.arguments import Position
 
-__all__ = ["cross_attention"]
+__all__ = ["Position", "cross_attention"]

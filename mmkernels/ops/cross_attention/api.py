@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public ``cross_attention``: what it computes, and the choice of algorithm."""
 
+import functools
+
 import torch
 
 from mmkernels import checks
@@ -10,7 +12,7 @@ from mmkernels.ops.cross_attention.arguments import OP, Position
 from mmkernels.ops.cross_attention.cost import absorbs
 from mmkernels.ops.cross_attention.projected import projected
 from mmkernels.ops.norm import Norm, check_norm
-from mmkernels.ops.patch_merge.op import FORWARD as MERGE
+from mmkernels.ops.patch_merge.api import normed
 
 
 def cross_attention(
@@ -27,6 +29,7 @@ def cross_attention(
     latents: torch.Tensor | None = None,
     context_norm: Norm | None = None,
     key_position: Position | None = None,
+    key_norm: Norm | None = None,
     cu_seqlens: torch.Tensor | None = None,
     max_seqlen: int | None = None,
     scale: float | None = None,
@@ -53,6 +56,7 @@ def cross_attention(
         context_norm: ``Norm("layer" or "rms", weight, bias, eps)`` of the context before K and V.
         key_position: Added to the context for K, not for V: ``[n, X]``, or a grid's ``([rows, X],
             [columns, X])``, whose sum it is; n = rows·columns. Not with cu_seqlens.
+        key_norm: Of each key head, ``[d]`` (Mllama, Idefics' ``qk_layer_norms``): it cannot be absorbed.
         cu_seqlens: Offsets of the samples in a packed context, ``[B + 1]`` int32 or int64; max_seqlen: the longest
             of them, needed on a GPU (read from cu_seqlens on CPU).
         scale: Default ``1/√d``.
@@ -82,40 +86,35 @@ def cross_attention(
     check_norm(OP, "context_norm", context_norm, context.shape[-1], context)
     if algorithm not in ("auto", "projected", "absorbed"):
         checks.fail(OP, "algorithm", repr(algorithm), '"auto", "projected" or "absorbed"')
+    d = query.shape[-1] // num_heads
+    check_norm(OP, "key_norm", key_norm, d, context)
+    if key_norm is not None and algorithm == "absorbed":
+        checks.fail(OP, "key_norm", "given", 'None with algorithm="absorbed"')
     if not 0 <= dropout_p < 1:
         checks.fail(OP, "dropout_p", dropout_p, "from 0 to below 1")
     if context_norm is not None:
-        context = _normed(context, context_norm)
+        context = normed(context, context_norm)
     mask = attention_mask
     if cu_seqlens is not None:
         context, mask = _padded(context, cu_seqlens, max_seqlen, attention_mask, key_position)
     B, n, X = context.shape
     if query.dim() == 3 and query.shape[0] != B:
         checks.fail(OP, "query", list(query.shape), f"[{B}, Q, A·d] for this context")
-    Q, d = query.shape[-2], query.shape[-1] // num_heads
+    Q = query.shape[-2]
     mask = arguments.expanded_mask(mask, B, num_heads, Q, n, query.device)
     arguments.check_latents(latents, B, context)
     position = arguments.position_of(key_position, n, context)
     if algorithm == "auto":
         keys, rows = n + (0 if latents is None else latents.shape[1]), Q * (num_heads // kv_heads)
-        algorithm = (
-            "absorbed" if absorbs(rows, keys, d, X, arguments.dtype_of(query)) else "projected"
-        )
-    run = absorbed if algorithm == "absorbed" else projected
+        pays = key_norm is None and absorbs(rows, keys, d, X, arguments.dtype_of(query))
+        algorithm = "absorbed" if pays else "projected"
+    run = absorbed if algorithm == "absorbed" else functools.partial(projected, key_norm=key_norm)
     out = run(
         arguments.grouped(query, num_heads, kv_heads), context, latents,
         (key_weight, value_weight, key_bias, value_bias), arguments.grouped_mask(mask, kv_heads), position,
         kv_heads, d**-0.5 if scale is None else float(scale), dropout_p,
     )  # fmt: skip
     return arguments.ungrouped(out, num_heads, kv_heads)
-
-
-def _normed(context: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """Our own norm: its gradients have the same bits for any number of threads."""
-    rows = context.reshape(-1, context.shape[-1])
-    kind, weight, bias, eps = norm
-    out: torch.Tensor = MERGE(rows, None, weight, bias, 1, kind, False, False, eps)
-    return out.view(context.shape)
 
 
 def _padded(

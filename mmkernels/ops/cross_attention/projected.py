@@ -4,6 +4,9 @@
 import torch
 import torch.nn.functional as F
 
+from mmkernels.ops.norm import Norm
+from mmkernels.ops.patch_merge.api import normed
+
 
 def projected(
     query: torch.Tensor,
@@ -15,6 +18,7 @@ def projected(
     A: int,
     scale: float,
     dropout_p: float,
+    key_norm: Norm | None = None,
 ) -> torch.Tensor:
     """``[B, Q, A·d]``; mask and position are the context's.
 
@@ -30,6 +34,7 @@ def projected(
     key, value = (t[0] if len(t) == 1 else torch.cat(t, 1) for t in (keys, values))
     query = query.expand(key.shape[0], *query.shape[-2:])
     q, k, v = (t.unflatten(-1, (A, -1)).transpose(1, 2) for t in (query, key, value))
+    k = k if key_norm is None else normed(k, key_norm)
     if mask is not None:
         mask = mask.to(k.dtype) if mask.is_floating_point() else mask
         more = k.shape[2] - mask.shape[3]

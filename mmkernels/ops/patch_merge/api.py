@@ -78,6 +78,14 @@ def patch_merge(
     return out.view(features.shape[0], -(-H // merge[0]) * -(-W // merge[1]), out.shape[1])
 
 
+def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The norm alone, over the last axis; its gradients have the same bits for any number of threads."""
+    kind, weight, bias, eps = norm
+    rows = x.reshape(-1, x.shape[-1])
+    out: torch.Tensor = FORWARD(rows, None, weight, bias, 1, kind, False, False, eps)
+    return out.view(x.shape)
+
+
 def _index(
     features: torch.Tensor,
     grid_thw: Grid | None,

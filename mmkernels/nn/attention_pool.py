@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention pooling: learned probes read all tokens of an image."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mmkernels
+from mmkernels.ops.cross_attention import Position
+
+
+class AttentionPool(nn.Module):
+    """The MAP head of SigLIP: one probe attends to all tokens; norm and MLP with a residual follow.
+
+    ``y = attention(probe, x); pooled = y + mlp(layernorm(y))``. Submodules and parameters are named as in
+    ``SiglipMultiheadAttentionPoolingHead``, so its state_dict loads.
+
+    Args:
+        hidden_size, num_heads, intermediate_size: The head's sizes.
+        num_probes: Rows that are pooled into.
+        layer_norm_eps: Of the norm.
+        algorithm: As in ``mmkernels.cross_attention``: with one query absorption saves nearly all of the work.
+    Source: SigLIP (Zhai et al. 2023); multihead attention pooling, Lee et al. 2019.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        *,
+        num_probes: int = 1,
+        layer_norm_eps: float = 1e-6,
+        algorithm: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, num_probes, hidden_size))
+        self.attention = nn.MultiheadAttention(hidden_size, num_heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.mlp = nn.Module()
+        self.mlp.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.mlp.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.algorithm = algorithm
+
+    def forward(
+        self, hidden_state: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``[B, n, D]`` → ``[B, D]`` (``[B, probes, D]`` with more than one). The mask is ``[B, n]``, non-zero =
+        attend."""
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        y = multihead_attention(
+            self.attention, self.probe[0], hidden_state, mask=mask, algorithm=self.algorithm
+        )
+        inner = F.gelu(self.mlp.fc1(self.layernorm(y)), approximate="tanh")  # type: ignore[operator]
+        pooled: torch.Tensor = y + self.mlp.fc2(inner)  # type: ignore[operator]
+        return pooled[:, 0] if pooled.shape[1] == 1 else pooled
+
+
+def multihead_attention(
+    attention: nn.MultiheadAttention,
+    query: torch.Tensor,
+    context: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    key_position: Position | None = None,
+    algorithm: str = "auto",
+) -> torch.Tensor:
+    """``attention(query, context, context)`` without its K and V where that pays; ``query`` ``[Q, D]`` serves all."""
+    w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
+    bias = attention.in_proj_bias
+    b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
+    out = mmkernels.cross_attention(
+        F.linear(query, w_q, b_q), context, w_k, w_v, b_k, b_v, num_heads=attention.num_heads,
+        attention_mask=mask, key_position=key_position, algorithm=algorithm,
+        dropout_p=attention.dropout if attention.training else 0.0,
+    )  # fmt: skip
+    projected: torch.Tensor = attention.out_proj(out)
+    return projected

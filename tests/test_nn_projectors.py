@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projector modules against plain PyTorch transcriptions of their published math, and what folding must keep."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mmkernels
+from mmkernels import Norm
+from mmkernels.nn import AttentionPool, MLPProjector, PatchMerger, PerceiverResampler, Resampler
+from mmkernels.nn.resampler import sincos_tables
+
+Tensors = dict[str, torch.Tensor]
+
+
+def randomised(module: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module.to(dtype).eval()
+
+
+def gradients(out: torch.Tensor, module: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    wanted = [p for n, p in module.named_parameters()]
+    return list(torch.autograd.grad(out, [*inputs, *wanted], torch.randn(out.shape).to(out)))
+
+
+def mae_positions(width: int, h: int, w: int) -> torch.Tensor:
+    """``get_2d_sincos_pos_embed`` of MAE, which MiniCPM-V and Qwen-VL copy: [h·w, width], x in the first half."""
+
+    def one(half: int, at: torch.Tensor) -> torch.Tensor:
+        omega = 1.0 / 10000 ** (torch.arange(half // 2).double() / (half / 2))
+        angle = at.flatten().double()[:, None] * omega
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.cat([one(width // 2, x), one(width // 2, y)], 1)
+
+
+def test_two_small_tables_are_the_positions_of_a_grid() -> None:
+    rows, columns = sincos_tables(24, 5, 7)
+    together = (rows[:, None] + columns[None]).flatten(0, 1)
+    torch.testing.assert_close(together, mae_positions(24, 5, 7).float(), rtol=0, atol=1e-6)
+
+
+def plain_resampler(module: Resampler, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """MiniCPM-V's (and Qwen-VL's) ``Resampler.forward``, with nn.MultiheadAttention."""
+    x = module.ln_kv(module.kv_proj(x)).transpose(0, 1)
+    q = module.ln_q(module.query)
+    position = mae_positions(q.shape[1], h, w).to(x)
+    if module.query_grid:
+        side = math.isqrt(len(q))
+        q = q + mae_positions(q.shape[1], side, side).to(x)
+    keys = x + position[:, None]
+    out = module.attn(q[:, None].expand(-1, x.shape[1], -1), keys, x, need_weights=False)[0]
+    out = out.transpose(0, 1)
+    return module.ln_post(out) @ module.proj if module.post else out
+
+
+@pytest.mark.parametrize("qwen", [False, True], ids=["minicpm_v", "qwen_vl"])
+@pytest.mark.parametrize("kv_dim", [20, 48])
+def test_resampler(qwen: bool, kv_dim: int) -> None:
+    module = randomised(Resampler(9, 48, 4, kv_dim, query_grid=qwen, post=not qwen))
+    x = torch.randn(3, 15, kv_dim, dtype=torch.float64, requires_grad=True)
+    expected, got = plain_resampler(module, x, 3, 5), module(x, (3, 5))
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
+    for a, b in zip(gradients(got, module, x), gradients(expected, module, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
+    with torch.no_grad():
+        torch.testing.assert_close(module.fold()(x, (3, 5)), expected, rtol=1e-6, atol=1e-6)
+        mask = torch.arange(15) < torch.tensor([15, 9, 4])[:, None]
+        folded = module(x, (3, 5), mask)
+        torch.testing.assert_close(folded, module.unfold()(x, (3, 5), mask), rtol=1e-6, atol=1e-6)
+
+
+def test_folded_in_16_bits_is_as_near_as_unfolded() -> None:
+    module = randomised(Resampler(16, 64, 4, 40), torch.bfloat16)
+    x = torch.randn(4, 24, 40).bfloat16()
+    with torch.no_grad():
+        wide = Resampler(16, 64, 4, 40).double().eval()
+        wide.load_state_dict(module.state_dict())
+        truth = plain_resampler(wide, x.double(), 4, 6)
+        eager = (plain_resampler(module, x, 4, 6).double() - truth).abs()
+        folded = (module.fold()(x, (4, 6)).double() - truth).abs()
+    assert (
+        folded.max() <= 1.5 * eager.max()
+        and folded.square().mean() <= 1.1**2 * eager.square().mean()
+    )
+
+
+def test_training_unfolds_and_folding_leaves_the_state_alone() -> None:
+    module = randomised(Resampler(4, 16, 2, 12))
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    module.fold()
+    assert module.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
+    module.train()
+    out = module(torch.randn(1, 6, 12, dtype=torch.float64), (2, 3))
+    assert out.requires_grad
+
+
+def flamingo(weights: Tensors, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """``PerceiverAttention`` of Flamingo (lucidrains, open_flamingo): keys of media and latents together."""
+    media = F.layer_norm(x, x.shape[-1:], weights["media_w"], weights["media_b"])
+    normed = F.layer_norm(latents, latents.shape[-1:], weights["latents_w"], weights["latents_b"])
+    q = normed @ weights["q"].T
+    k, v = (torch.cat([media, normed], 1) @ weights["kv"].T).chunk(2, -1)
+    q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in (q, k, v))
+    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)
+    out = (scores - scores.amax(-1, keepdim=True).detach()).softmax(-1) @ v
+    return out.transpose(1, 2).flatten(2) @ weights["out"].T
+
+
+@pytest.mark.parametrize("algorithm", ["projected", "absorbed"])
+def test_flamingo(algorithm: str) -> None:
+    torch.manual_seed(0)
+    make = lambda *s: torch.randn(*s, dtype=torch.float64, requires_grad=True)
+    shapes = {"media_w": (24,), "media_b": (24,), "latents_w": (24,), "latents_b": (24,), "q": (32, 24),
+              "kv": (64, 24), "out": (24, 32)}  # fmt: skip
+    weights = {n: make(*s) for n, s in shapes.items()}
+    x, latents = make(2, 11, 24), make(2, 5, 24)
+    expected = flamingo(weights, x, latents)
+    normed = F.layer_norm(latents, (24,), weights["latents_w"], weights["latents_b"])
+    out = mmkernels.cross_attention(
+        normed @ weights["q"].T, x, *weights["kv"].chunk(2), num_heads=4, latents=normed, algorithm=algorithm,
+        context_norm=Norm("layer", weights["media_w"], weights["media_b"], 1e-5),
+    ) @ weights["out"].T  # fmt: skip
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    grad, leaves = torch.randn_like(out), [x, latents, *weights.values()]
+    for a, b in zip(*(torch.autograd.grad(o, leaves, grad) for o in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_dropout_keeps_the_mean_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    q, x, w = torch.randn(2, 3, 8), torch.randn(2, 6, 10), torch.randn(2, 8, 10)
+    for algorithm in ("projected", "absorbed"):
+        run = lambda p, a=algorithm: mmkernels.cross_attention(
+            q, x, *w, num_heads=2, dropout_p=p, algorithm=a
+        )
+        draws = torch.stack([run(0.3) for _ in range(2000)])
+        assert ((draws.mean(0) - run(0.0)).abs() < 6 * draws.std(0) / 2000**0.5).all()
+        assert not torch.equal(run(0.3), run(0.3))
+
+
+def test_dropout_of_the_absorbed_is_that_of_the_probabilities() -> None:
+    torch.manual_seed(0)
+    make = lambda *s: torch.randn(*s, dtype=torch.float64)
+    keep = torch.rand(2, 2, 3, 6) > 0.4
+    tensors = [make(2, 3, 8), make(2, 6, 10), make(8, 10), make(8, 10), make(8)]
+
+    def op(
+        q: torch.Tensor, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        arguments = (q, x, None, k, v, None, b, None, keep, 2, 0.5, 0.4)
+        return torch.ops.mmkernels.cross_attention(*arguments)[0]
+
+    def plain(
+        q: torch.Tensor, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        heads = lambda t: t.unflatten(-1, (2, -1)).transpose(1, 2)
+        p = (heads(q) @ heads(x @ k.T).transpose(-1, -2) * 0.5).softmax(-1) * keep / 0.6
+        return (p @ heads(x @ v.T)).transpose(1, 2).flatten(2) + b
+
+    with_bias = lambda *t: plain(*t)
+    leaves = [t.requires_grad_() for t in tensors]
+    expected, got = with_bias(*leaves), op(*leaves)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    grad = make(*got.shape)
+    for a, b in zip(*(torch.autograd.grad(o, leaves, grad) for o in (got, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+def test_packed_context_equals_each_sample_alone() -> None:
+    torch.manual_seed(0)
+    lengths, q = (4, 9, 1), torch.randn(3, 2, 8, dtype=torch.float64)
+    context = torch.randn(14, 6, dtype=torch.float64)
+    w = torch.randn(2, 8, 6, dtype=torch.float64)
+    offsets = torch.tensor([0, 4, 13, 14])
+    packed = mmkernels.cross_attention(q, context, *w, num_heads=2, cu_seqlens=offsets)
+    for i, piece in enumerate(context.split(lengths)):
+        alone = mmkernels.cross_attention(q[i : i + 1], piece[None], *w, num_heads=2)
+        torch.testing.assert_close(packed[i : i + 1], alone)
+
+
+def test_modules_run_under_autocast_and_compile() -> None:
+    x = torch.randn(2, 12, 16)
+    modules = [
+        (AttentionPool(16, 2, 24), (x,)), (PerceiverResampler(16, num_latents=3, num_layers=1, num_heads=2,
+         num_key_value_heads=1, head_dim=8), (x,)), (Resampler(4, 16, 2, 16), (x, (3, 4))),
+        (MLPProjector(16, 20), (x,)), (PatchMerger(20, 16), (x.flatten(0, 1),)),
+        (PatchMerger(20, 16, blocks=False, norm="rms", norm_after=True), (x.view(2, 2, 6, 16),)),
+    ]  # fmt: skip
+    for module, inputs in modules:
+        expected = module(*inputs)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(*inputs)
+        torch.testing.assert_close(compiled, expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = module(*inputs)
+        assert low.dtype == torch.bfloat16 or type(module) is PerceiverResampler
+        torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1)

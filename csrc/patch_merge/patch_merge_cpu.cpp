@@ -13,11 +13,16 @@ namespace {
 
 constexpr int64_t kBlocks = 32;  // of merged rows, in the backward
 
-MMK_MULTIARCH void normalise(float* x, int64_t n, NormKind norm, double eps, const float* weight, const float* bias) {
-  normalise_body(x, n, norm, eps, weight, bias);
-}
-void normalise(double* x, int64_t n, NormKind norm, double eps, const double* weight, const double* bias) {
-  normalise_body(x, n, norm, eps, weight, bias);
+#define MMK_NORMALISE(F, T)                                                                               \
+  MMK_MULTIARCH void normalise(T* to, const F* x, int64_t n, NormKind norm, double eps, const F* w, const F* b) { \
+    normalise_body(to, x, n, norm, eps, w, b);                                                            \
+  }
+MMK_NORMALISE(float, float)
+MMK_NORMALISE(float, bf16)
+MMK_NORMALISE(float, f16)
+#undef MMK_NORMALISE
+void normalise(double* to, const double* x, int64_t n, NormKind norm, double eps, const double* w, const double* b) {
+  normalise_body(to, x, n, norm, eps, w, b);
 }
 MMK_MULTIARCH void through_norm(float* g, float* x, int64_t n, NormKind norm, double eps, const float* weight,
                                 float* d_weight, float* d_bias) {
@@ -75,25 +80,27 @@ Shape shape_of(const Tensor& features, const OptionalTensor& index, const Option
 }
 
 // Every row once at most: then its gradient is one row's, and rows can be written in any order.
-void check(const Shape& s, const int64_t* index) {
-  std::vector<bool> taken(s.N, false);
+// Returns how many rows it names.
+int64_t check(const Shape& s, const int64_t* index) {
+  std::vector<char> taken(s.N, 0);
+  int64_t count = 0;
   for (int64_t i = 0; i < s.M * s.J; ++i) {
     if (index[i] < -1 || index[i] >= s.N)
       fail("patch_merge: index must be -1 or a row of ", s.N, ", got ", index[i], " at ", i);
     if (index[i] < 0) continue;
     if (taken[index[i]]) fail("patch_merge: index must name every row at most once, got ", index[i], " again at ", i);
-    taken[index[i]] = true;
+    taken[index[i]] = 1, ++count;
   }
+  return count;
 }
 
+// A vector of the norm, or `otherwise` n times.
 template <class T>
-std::vector<acc_t<T>> widened(const OptionalTensor& t) {
-  std::vector<acc_t<T>> found(t ? t->numel() : 0);
-  for (size_t i = 0; i < found.size(); ++i) found[i] = widen(data<T>(*t)[i]);
+std::vector<acc_t<T>> widened(const OptionalTensor& t, int64_t n, acc_t<T> otherwise) {
+  std::vector<acc_t<T>> found(n, otherwise);
+  for (int64_t i = 0; t && i < n; ++i) found[i] = widen(data<T>(*t)[i]);
   return found;
 }
-template <class F>
-const F* pointer(const std::vector<F>& v) { return v.empty() ? nullptr : v.data(); }
 
 template <class T>
 class Merge {
@@ -102,8 +109,8 @@ class Merge {
  public:
   Merge(const Shape& s, const Tensor& features, const OptionalTensor& index, const OptionalTensor& weight,
         const OptionalTensor& bias)
-      : s_(s), x_(data<T>(features)), index_(index ? data<int64_t>(*index) : nullptr), weight_(widened<T>(weight)),
-        bias_(widened<T>(bias)) {}
+      : s_(s), x_(data<T>(features)), index_(index ? data<int64_t>(*index) : nullptr), weight_(widened<T>(weight, s.normed(), 1)),
+        bias_(widened<T>(bias, s.normed(), 0)) {}
 
   void forward(T* out) const {
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, s_.width()));
@@ -113,7 +120,8 @@ class Merge {
       for (int64_t m = begin; m < end; ++m) {
         T* to = out + m * s_.width();
         if (s_.norm == NormKind::none) copy_row(to, copy.data(), m);
-        else round_to(to, normalised(row.data(), turned.data(), m), s_.width());
+        else if (s_.after) norm_after(to, row.data(), turned.data(), m);
+        else norm_before(to, row.data(), copy.data(), m);
       }
     });
   }
@@ -137,47 +145,77 @@ class Merge {
 
   void copy_row(T* to, T* copy, int64_t m) const {
     T* rows = s_.channels_first ? copy : to;
-    for (int64_t j = 0; j < s_.J; ++j) {
+    for (int64_t j = 0, run; j < s_.J; j += run) {
       const int64_t from = source(m, j);
+      for (run = 1; j + run < s_.J && from >= 0 && source(m, j + run) == from + run;) ++run;
       if (from < 0) std::fill(rows + j * s_.C, rows + (j + 1) * s_.C, Convert<T>::from(acc_t<T>(0)));
-      else memcpy(static_cast<void*>(rows + j * s_.C), x_ + from * s_.C, s_.C * sizeof(T));
+      else memcpy(static_cast<void*>(rows + j * s_.C), x_ + from * s_.C, run * s_.C * sizeof(T));
     }
     if (s_.channels_first) transpose(to, copy, s_.J, s_.C);
   }
 
+  // Neighbour j of row m in F: in place, or widened into `scratch`.
+  const F* neighbour(int64_t m, int64_t j, F* scratch) const {
+    const int64_t from = source(m, j);
+    if (from < 0) return std::fill(scratch, scratch + s_.C, F(0)), scratch;
+    if constexpr (std::is_same_v<T, F>) return x_ + from * s_.C;
+    return convert(scratch, x_ + from * s_.C, s_.C), scratch;
+  }
   // The neighbours of row m, [J, C].
   void gather(F* rows, int64_t m) const {
     for (int64_t j = 0; j < s_.J; ++j) {
-      const int64_t from = source(m, j);
-      if (from < 0) std::fill(rows + j * s_.C, rows + (j + 1) * s_.C, F(0));
-      else convert(rows + j * s_.C, x_ + from * s_.C, s_.C);
+      F* to = rows + j * s_.C;
+      const F* x = neighbour(m, j, to);
+      if (x != to) memcpy(to, x, s_.C * sizeof(F));
     }
   }
 
-  const F* normalised(F* row, F* turned, int64_t m) const {
+  // The row after (m, j), on its way while this one is normed.
+  void prefetch(int64_t m, int64_t j) const {
+    if (++j == s_.J) ++m, j = 0;
+    if (m >= s_.M || source(m, j) < 0) return;
+    const char* row = reinterpret_cast<const char*>(x_ + source(m, j) * s_.C);
+    for (int64_t i = 0; i < static_cast<int64_t>(s_.C * sizeof(T)); i += 64) __builtin_prefetch(row + i);
+  }
+
+  void norm_before(T* to, F* scratch, T* copy, int64_t m) const {
+    T* rows = s_.channels_first ? copy : to;
+    for (int64_t j = 0; j < s_.J; ++j) {
+      prefetch(m, j);
+      T* row = rows + j * s_.C;
+      if (source(m, j) < 0) std::fill(row, row + s_.C, Convert<T>::from(F(0)));
+      else normalise(row, neighbour(m, j, scratch), s_.C, s_.norm, s_.eps, weight_.data(), bias_.data());
+    }
+    if (s_.channels_first) transpose(to, copy, s_.J, s_.C);
+  }
+  void norm_after(T* to, F* row, F* turned, int64_t m) const {
     gather(row, m);
-    for (int64_t j = 0; j < s_.J && !s_.after; ++j)
-      if (source(m, j) >= 0) normalise(row + j * s_.C, s_.C, s_.norm, s_.eps, pointer(weight_), pointer(bias_));
     if (s_.channels_first) transpose(turned, row, s_.J, s_.C), row = turned;
-    if (s_.after) normalise(row, s_.width(), s_.norm, s_.eps, pointer(weight_), pointer(bias_));
-    return row;
+    normalise(to, row, s_.width(), s_.norm, s_.eps, weight_.data(), bias_.data());
   }
 
   void backward_row(const T* grad, int64_t m, F* g, F* x, F* turned, T* d_features, F* d_weight, F* d_bias) const {
+    if (s_.norm == NormKind::none && !s_.channels_first) return scatter(grad, m, d_features);
     convert(g, grad, s_.width());
     if (s_.norm != NormKind::none) gather(x, m);
     if (s_.after && s_.norm != NormKind::none) {
       if (s_.channels_first) transpose(turned, x, s_.J, s_.C), std::swap(x, turned);
-      through_norm(g, x, s_.width(), s_.norm, s_.eps, pointer(weight_), d_weight, d_bias);
+      through_norm(g, x, s_.width(), s_.norm, s_.eps, weight_.data(), d_weight, d_bias);
     }
     if (s_.channels_first) transpose(turned, g, s_.C, s_.J), std::swap(g, turned);
     for (int64_t j = 0; j < s_.J; ++j) {
       const int64_t to = source(m, j);
       if (to < 0) continue;
       if (!s_.after && s_.norm != NormKind::none)
-        through_norm(g + j * s_.C, x + j * s_.C, s_.C, s_.norm, s_.eps, pointer(weight_), d_weight, d_bias);
+        through_norm(g + j * s_.C, x + j * s_.C, s_.C, s_.norm, s_.eps, weight_.data(), d_weight, d_bias);
       if (d_features) round_to(d_features + to * s_.C, g + j * s_.C, s_.C);
     }
+  }
+
+  void scatter(const T* grad, int64_t m, T* d_features) const {
+    for (int64_t j = 0; d_features && j < s_.J; ++j)
+      if (source(m, j) >= 0)
+        memcpy(static_cast<void*>(d_features + source(m, j) * s_.C), grad + j * s_.C, s_.C * sizeof(T));
   }
 
   static void add_up(T* to, const std::vector<F>& sums, int64_t blocks, int64_t n) {
@@ -219,12 +257,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& f
     fail("patch_merge_backward: grad must be [", s.M, ", ", s.width(), "] in the dtype of features");
   const Tensor features = torch::stable::contiguous(features_), grad = torch::stable::contiguous(grad_);
   const OptionalTensor index = contiguous(index_), weight = contiguous(weight_), bias = contiguous(bias_);
-  if (index) check(s, data<int64_t>(*index));
+  const bool covered = !index || check(s, data<int64_t>(*index)) == s.N;
   const auto zeros = [&](bool need, const Sizes& sizes) {
     return torch::stable::new_zeros(features, need ? sizes : Sizes{0});
   };
-  // Rows without an index are all written.
-  const Tensor d_features = index ? zeros(needs[0], {s.N, s.C}) : empty(features, needs[0] ? Sizes{s.N, s.C} : Sizes{0});
+  const Tensor d_features = covered ? empty(features, needs[0] ? Sizes{s.N, s.C} : Sizes{0})
+                                    : zeros(needs[0], {s.N, s.C});
   const Tensor d_weight = zeros(needs[1], {s.normed()}), d_bias = zeros(needs[2], {s.normed()});
   if (grad.numel())
     dispatch_float("patch_merge", features.scalar_type(), [&](auto* tag) {

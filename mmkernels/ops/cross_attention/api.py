@@ -62,7 +62,7 @@ def cross_attention(
         scale: Default ``1/√d``.
         dropout_p: Of the attention probabilities, where it is not 0.
         algorithm: ``"projected"`` (torch's own GEMM and SDPA), ``"absorbed"`` (ours), or ``"auto"``: the
-            rule of ``cost.py`` on Q, n, d, X and dtype.
+            rule of ``cost.py`` on Q, n, d, X, dtype, device and whether a backward will follow.
 
     Returns:
         ``[B, Q, A·d]`` in the query's dtype (the autocast dtype under autocast).
@@ -106,7 +106,12 @@ def cross_attention(
     position = arguments.position_of(key_position, n, context)
     if algorithm == "auto":
         keys, rows = n + (0 if latents is None else latents.shape[1]), Q * (num_heads // kv_heads)
-        pays = key_norm is None and absorbs(rows, keys, d, X, arguments.dtype_of(query))
+        tensors = (query, context, key_weight, value_weight, latents)
+        training = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in tensors
+        )
+        dtype, device = arguments.dtype_of(query), query.device.type
+        pays = key_norm is None and absorbs(rows, keys, d, X, dtype, device, training)
         algorithm = "absorbed" if pays else "projected"
     run = absorbed if algorithm == "absorbed" else functools.partial(projected, key_norm=key_norm)
     out = run(

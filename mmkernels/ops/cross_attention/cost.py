@@ -2,19 +2,31 @@
 """When absorbing the K and V projections pays: the one rule behind ``algorithm="auto"``.
 
 Per image and head, in multiply-adds: projecting costs ``2·n·d·X + 2·Q·n·d``; absorbing costs
-``2·Q·d·X`` (q' and the output) ``+ 2·Q·n·X`` (scores and P·X). The rule sees shapes and dtype only, never
-batch or threads, so a model's numbers do not depend on how it is run.
+``2·Q·d·X`` (q' and the output) ``+ 2·Q·n·X`` (scores and P·X), each charged more than projected work of equal size
+(its GEMMs are smaller, and q' and P·X stay fp32 or hi + lo), and, whatever Q, a reading of the weights (``d·X``) and
+of the context (``n·X``). The rule sees shapes, dtype, device and whether there will be a backward, never batch or
+threads. Fitted to ``benchmarks/queries.py``.
 """
 
 import torch
 
-# Absorbed work is charged this much more than projected work of equal size: its GEMMs are smaller, and
-# in 16-bit dtypes q' and P·X stay fp32 (CPU) or hi+lo (GPU). Measured by benchmarks/run.py.
-_CHARGE = {torch.float32: 1.3, torch.float64: 1.3, torch.bfloat16: 4.5, torch.float16: 4.5}
+# (of a multiply-add, of a weight, of a value of the context). CPU: an AMX Xeon, 2026-11-25; 16-bit GEMMs of torch are
+# about five times faster than fp32 there. GPU: not measured.
+_CHARGES = {
+    ("cpu", False, False): (1.2, 24, 5),
+    ("cpu", False, True): (1.55, 30, 12),
+    ("cpu", True, False): (4.5, 90, 55),
+    ("cpu", True, True): (4.5, 90, 55),
+}
+_GPU = {False: (1.3, 0, 0), True: (4.5, 0, 0)}
 
 
-def absorbs(Q: int, n: int, d: int, X: int, dtype: torch.dtype) -> bool:
-    """Whether the absorbed algorithm is expected to be the faster one."""
+def absorbs(
+    Q: int, n: int, d: int, X: int, dtype: torch.dtype, device: str = "cpu", training: bool = False
+) -> bool:
+    """Whether the absorbed algorithm is expected to be the faster one; ``training``: with its backward."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    work, of_weights, of_context = _CHARGES.get((device, half, training), _GPU[half])
     projected = 2 * n * d * X + 2 * Q * n * d
-    absorbed = 2 * Q * d * X + 2 * Q * n * X
-    return absorbed * _CHARGE[dtype] < projected
+    absorbed = work * (2 * Q * d * X + 2 * Q * n * X) + of_weights * d * X + of_context * n * X
+    return absorbed < projected

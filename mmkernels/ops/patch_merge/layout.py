@@ -16,6 +16,10 @@ def dense_index(
 ) -> torch.Tensor:
     """``[B·M, J]`` of a raster ``[B, H, W]``; −1 beyond its edge."""
     h, w = -(-H // merge[0]), -(-W // merge[1])
+    if H % merge[0] == 0 and W % merge[1] == 0:
+        places = torch.arange(B * H * W, device=device).view(B, h, merge[0], w, merge[1])
+        order = (0, 3, 1, 2, 4) if transposed else (0, 1, 3, 2, 4)
+        return places.permute(order).reshape(B * h * w, merge[0] * merge[1])
     y = torch.arange(h * merge[0], device=device).view(h, 1, merge[0], 1)
     x = torch.arange(w * merge[1], device=device).view(1, w, 1, merge[1])
     index = torch.where((y < H) & (x < W), y * W + x, -1)  # [h, w, m_h, m_w]

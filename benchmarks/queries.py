@@ -37,7 +37,12 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         for dtype in DTYPES:
             for Q in numbers:
                 for direction in ("fwd", "fwdbwd"):
-                    point = {"shape": name, "dtype": dtype, "direction": direction, "Q": Q}
+                    point: dict[str, Any] = {
+                        "shape": name,
+                        "dtype": dtype,
+                        "direction": direction,
+                        "Q": Q,
+                    }
                     calls = _calls(B, Q, n, X, A, d, DTYPES[dtype], direction)
                     times = timing.measure(calls, "cpu", rounds)
                     for algorithm, t in times.items():

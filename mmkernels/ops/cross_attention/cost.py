@@ -16,7 +16,7 @@ _CHARGES = {
     ("cpu", False, False): (1.2, 24, 5),
     ("cpu", False, True): (1.55, 22, 12),
     ("cpu", True, False): (5.4, 70, 55),
-    ("cpu", True, True): (4.4, 70, 50),
+    ("cpu", True, True): (5.2, 70, 50),
 }
 _GPU = {False: (1.3, 0, 0), True: (4.5, 0, 0)}
 

@@ -110,6 +110,9 @@ def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
                 axes[i][j].plot([p["Q"] for p in chosen], times, "o", color=colour)
             axes[i][j].set(xscale="log", yscale="log", title=f"{shape}, {dtype} {direction}")
             axes[i][j].set(xlabel="queries", ylabel="ms")
+            numbers = [p["Q"] for p in here]
+            axes[i][j].set_xticks(numbers, [str(q) for q in numbers])
+            axes[i][j].minorticks_off()
     axes[0][0].legend(title="dots: auto's choice")
     figure.tight_layout()
     figure.savefig(path, dpi=80)

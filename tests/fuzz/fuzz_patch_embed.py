@@ -32,6 +32,7 @@ SIMPLEST: dict[str, Any] = {
     "dtype": "fp32", "pixels": "uint8", "family": "random", "threads": 1, "Pw": 0, "given": "all",
     "lead": False, "as_rows": False, "int32": False, "bare": False, "layouts": (),
 }  # fmt: skip
+VARIED = tuple("dtype pixels order edge mode m rows flat last given threads family".split())
 WIDTHS = (1, 2, 3, 5, 8, 9, 16, 17, 24, 31, 32, 33, 40, 63, 64, 65, 96, 127, 128, 129, 161)
 
 

@@ -42,9 +42,7 @@ def patch_merge(
 def gathered(rows: torch.Tensor, index: torch.Tensor | None, group: int) -> torch.Tensor:
     """``[M, J, C]``."""
     if index is None:
-        return (
-            rows.unflatten(0, (-1, group)) if len(rows) else rows.new_empty(0, group, rows.shape[1])
-        )
+        return rows.reshape(len(rows) // group, group, rows.shape[1])
     return F.pad(rows, (0, 0, 0, 1))[torch.where(index < 0, len(rows), index)]
 
 

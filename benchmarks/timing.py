@@ -52,7 +52,11 @@ def ratio(other: Timing, ours: Timing) -> float:
 
 
 def measure(variants: dict[str, Call], device: str, rounds: int) -> dict[str, Timing]:
-    """Round robin over the variants; each round starts elsewhere and every other one runs backwards."""
+    """Round robin over the variants; each round starts elsewhere and every other one runs backwards.
+
+    A call before each sample leaves the caches to everybody as his own call leaves them, not as the neighbour does:
+    whoever followed the copy of a ceiling read all his inputs from memory.
+    """
     seconds = _cuda_seconds if device == "cuda" else _cpu_seconds
     repeats = {name: _repeats(call, seconds) for name, call in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
@@ -61,6 +65,7 @@ def measure(variants: dict[str, Call], device: str, rounds: int) -> dict[str, Ti
         first = r % len(names)
         order = names[first:] + names[:first]
         for name in order if r % 2 == 0 else reversed(order):
+            variants[name]()
             samples[name].append(seconds(variants[name], repeats[name]) / repeats[name])
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 

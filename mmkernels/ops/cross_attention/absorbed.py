@@ -4,6 +4,7 @@
 import torch
 import torch.nn.functional as F
 
+from mmkernels.ops.cross_attention import flops  # noqa: F401 (registers the formulas)
 from mmkernels.ops.cross_attention.op import FORWARD
 
 

@@ -5,6 +5,7 @@ Only ratios within a round are compared (``ratio``); absolute times are those of
 """
 
 import itertools
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def ratio(other: Timing, ours: Timing) -> float:
 
 
 def measure(variants: dict[str, Call], device: str, rounds: int) -> dict[str, Timing]:
-    """Round robin over the variants; each round starts elsewhere and every other one runs backwards.
+    """Every round runs each variant once, in an order of its own (drawn, the same in every run): whoever follows the
+    GEMM of a ceiling runs at the clock that left behind.
 
     A call before each sample leaves the caches to everybody as his own call leaves them, not as the neighbour does:
     whoever followed the copy of a ceiling read all his inputs from memory.
@@ -60,11 +62,9 @@ def measure(variants: dict[str, Call], device: str, rounds: int) -> dict[str, Ti
     seconds = _cuda_seconds if device == "cuda" else _cpu_seconds
     repeats = {name: _repeats(call, seconds) for name, call in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
-    for r in range(rounds):
-        first = r % len(names)
-        order = names[first:] + names[:first]
-        for name in order if r % 2 == 0 else reversed(order):
+    drawn = random.Random(0)
+    for _ in range(rounds):
+        for name in drawn.sample(list(variants), len(variants)):
             variants[name]()
             samples[name].append(seconds(variants[name], repeats[name]) / repeats[name])
     return {name: Timing(tuple(values)) for name, values in samples.items()}

@@ -99,7 +99,13 @@ def test_training_unfolds_and_folding_leaves_the_state_alone() -> None:
     module.fold()
     assert module.state_dict().keys() == before.keys()
     assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
-    module.train()
+    x = torch.randn(1, 6, 12, dtype=torch.float64)
+    changed = {n: 2 * t for n, t in before.items()}
+    module.load_state_dict(changed)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, (2, 3)), plain_resampler(module, x, 2, 3))
+    assert module.fold().float()(x.float(), (2, 3)).dtype == torch.float32
+    module.double().fold().train()
     out = module(torch.randn(1, 6, 12, dtype=torch.float64), (2, 3))
     assert out.requires_grad
 

@@ -2,6 +2,7 @@
 """The resampler of MiniCPM-V and Qwen-VL: constant queries read projected, normed, positioned features."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,8 @@ class Resampler(nn.Module):
 
         ``LN(W x)`` is ``γ (W_c x) r + β`` with W_c the centred W and r = 1/√(|W_c x|²/D + eps); |W_c x| = |R x| with
         W_c = Q R. So with ``y = r x`` the layer is an attention over y: ``K = W_k γ W_c``, ``V = W_v γ W_c``, bias
-        ``b_v + W_v β``, and positions add to the scores. ``unfold`` (and ``train()``) take it back.
+        ``b_v + W_v β``, and positions add to the scores. ``unfold`` takes it back, and so do ``train()``, loading a
+        state and moving or casting the module, after which the folded weights would not be its own.
         """
         wide = torch.float64
         w_q, w_k, w_v = self.attn.in_proj_weight.to(wide).chunk(3)
@@ -153,6 +155,15 @@ class Resampler(nn.Module):
             self.unfold()
         super().train(mode)
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Resampler":
+        self.unfold()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfold()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _attend_folded(
         self,

@@ -18,7 +18,9 @@ class Norm(NamedTuple):
     eps: float = 1e-6
 
 
-def check_norm(op: str, name: str, norm: Norm | None, width: int, like: torch.Tensor) -> None:
+def check_norm(
+    op: str, name: str, norm: Norm | None, width: int, like: torch.Tensor, like_name: str
+) -> None:
     """Its kind, and that its vectors are ``[width]`` of the dtype and device of ``like``."""
     if norm is None:
         return
@@ -30,5 +32,5 @@ def check_norm(op: str, name: str, norm: Norm | None, width: int, like: torch.Te
         checks.fail(op, f"{name}.eps", norm.eps, "at least 0")
     for part, vector in (("weight", norm.weight), ("bias", norm.bias)):
         if vector is not None:
-            checks.like(op, f"{name}.{part}", vector, like, "features")
+            checks.like(op, f"{name}.{part}", vector, like, like_name)
             checks.shape(op, f"{name}.{part}", vector, (width,), f"[{width}]")

@@ -83,11 +83,11 @@ def cross_attention(
     packed = cu_seqlens is not None
     arguments.check(query, context, key_weight, value_weight, num_heads, kv_heads, packed)
     arguments.check_biases(key_bias, value_bias, key_weight)
-    check_norm(OP, "context_norm", context_norm, context.shape[-1], context)
+    check_norm(OP, "context_norm", context_norm, context.shape[-1], context, "context")
     if algorithm not in ("auto", "projected", "absorbed"):
         checks.fail(OP, "algorithm", repr(algorithm), '"auto", "projected" or "absorbed"')
     d = query.shape[-1] // num_heads
-    check_norm(OP, "key_norm", key_norm, d, context)
+    check_norm(OP, "key_norm", key_norm, d, context, "context")
     if key_norm is not None and algorithm == "absorbed":
         checks.fail(OP, "key_norm", "given", 'None with algorithm="absorbed"')
     if not 0 <= dropout_p < 1:

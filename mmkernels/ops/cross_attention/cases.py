@@ -333,6 +333,11 @@ def _set(**changes: Any) -> Any:
     return lambda inputs: {**inputs, **changes}
 
 
+def _packed(**changes: Any) -> Any:
+    base = {"context": torch.zeros(10, 6), "cu_seqlens": torch.tensor([0, 5, 10])}
+    return lambda inputs: {**inputs, **base, **changes}
+
+
 INVALID = [
     Invalid("context_2d", _set(context=torch.zeros(5, 6)), r"context must be \[B, n, X\], got \[5, 6\]"),
     Invalid("query_4d", _set(query=torch.zeros(2, 2, 3, 8)), r"query must be \[B, Q, A·d\]"),
@@ -347,5 +352,25 @@ INVALID = [
     Invalid("mask_shape", _set(attention_mask=torch.zeros(2, 4)), "attention_mask must be broadcastable"),
     Invalid("mask_dtype", _set(attention_mask=torch.zeros(3, 5, dtype=torch.int32)), "attention_mask", TypeError),
     Invalid("algorithm", _set(algorithm="fast"), "algorithm must be .*got 'fast'"),
+    Invalid("kv_heads", _set(num_key_value_heads=3), "num_key_value_heads must be a divisor of num_heads 2, got 3"),
+    Invalid("grouped_weight", _set(num_key_value_heads=1), r"key_weight must be \[A·d, X\] = \[8, 6\], got \[16, 6\]"),
+    Invalid("latents", _set(latents=torch.zeros(2, 3, 7)), r"latents must be \[B, L, X\] = \[2, L, 6\], got \[2, 3, 7\]"),
+    Invalid("latents_dtype", _set(latents=torch.zeros(2, 3, 6).half()), "latents must be of the dtype of context"),
+    Invalid("norm_width", _set(context_norm=Norm("rms", torch.zeros(7))), r"context_norm.weight must be \[6\].*got \[7\]"),
+    Invalid("norm_dtype", _set(context_norm=Norm("rms", torch.zeros(6).half())), "context_norm.weight must be of the dtype of context"),
+    Invalid("norm_kind", _set(context_norm=Norm("batch")), "context_norm must be .*got 'batch'"),
+    Invalid("key_norm", _set(key_norm=Norm("rms"), algorithm="absorbed"), 'key_norm must be None with algorithm="absorbed"'),
+    Invalid("key_norm_width", _set(key_norm=Norm("rms", torch.zeros(6)), algorithm="auto"), r"key_norm.weight must be \[8\].*got \[6\]"),
+    Invalid("position", _set(key_position=torch.zeros(4, 6)), r"key_position must be \[n, X\] = \[5, 6\]"),
+    Invalid("position_grid", _set(key_position=(torch.zeros(2, 6), torch.zeros(2, 6))), "with rows·columns = 5"),
+    Invalid("dropout", _set(dropout_p=1.0), "dropout_p must be from 0 to below 1, got 1.0"),
+    Invalid("packed_rank", _set(cu_seqlens=torch.tensor([0, 5])), r"context must be \[tokens, X\] with cu_seqlens"),
+    Invalid("packed_last", _packed(cu_seqlens=torch.tensor([0, 4, 9])), "cu_seqlens must be of 10 context tokens, got 9 last"),
+    Invalid("packed_falls", _packed(cu_seqlens=torch.tensor([0, 12, 10])), "cu_seqlens must be from 0 on and never falling, got 10 at 2"),
+    Invalid("packed_first", _packed(cu_seqlens=torch.tensor([1, 5, 10])), "cu_seqlens must be from 0 on .*got 1 at 0"),
+    Invalid("packed_float", _packed(cu_seqlens=torch.tensor([0.0, 5, 10])), "cu_seqlens must be int32 or int64"),
+    Invalid("packed_longest", _packed(max_seqlen=4), "max_seqlen must be at least 5, the longest sequence, got 4"),
+    Invalid("packed_mask", _packed(attention_mask=torch.ones(5).bool()), "attention_mask must be None with cu_seqlens"),
+    Invalid("packed_batch", _packed(cu_seqlens=torch.tensor([0, 5, 6, 10])), r"query must be \[3, Q, A·d\]"),
     Invalid("device", _set(context=torch.zeros(2, 5, 6, device="meta")), "context must be on the device of query"),
 ]  # fmt: skip

@@ -57,7 +57,7 @@ def patch_merge(
         checks.fail(OP, "order", repr(order), '"kkc" or "ckk"')
     group = merge[0] * merge[1]
     width = features.shape[-1] * (group if norm_after else 1)
-    check_norm(OP, "norm", norm, width, features)
+    check_norm(OP, "norm", norm, width, features, "features")
     dense = features.dim() == 4
     if not dense and (features.dim() != 2 or (grid_thw is None and not blocks)):
         expected = "[B, H, W, C], or [tokens, C] with grid_thw or blocks"

@@ -66,12 +66,6 @@ def patch_merge(
         checks.fail(OP, "blocks", True, "False with features [B, H, W, C]")
     if dense and grid_thw is not None:
         checks.fail(OP, "grid_thw", "given", "None with features [B, H, W, C]")
-    if (
-        dense
-        and norm is None
-        and not (features.shape[1] % merge[0] or features.shape[2] % merge[1])
-    ):
-        return _rearranged(features, merge, order, transposed)
     index = _index(features, grid_thw, merge, blocks, transposed, pad)
     kind, weight, bias, eps = norm or Norm("none")
     out: torch.Tensor = FORWARD(
@@ -82,16 +76,6 @@ def patch_merge(
         return out
     H, W = features.shape[1:3]
     return out.view(features.shape[0], -(-H // merge[0]) * -(-W // merge[1]), out.shape[1])
-
-
-def _rearranged(
-    features: torch.Tensor, merge: tuple[int, int], order: str, transposed: bool
-) -> torch.Tensor:
-    """A dense batch without norm or padding is one permutation, and torch copies those as fast as memory allows."""
-    x = features.unflatten(2, (-1, merge[1])).unflatten(1, (-1, merge[0]))  # [B, h, m_h, w, m_w, C]
-    rows = (0, 3, 1) if transposed else (0, 1, 3)
-    x = x.permute(*rows, *((5, 2, 4) if order == "ckk" else (2, 4, 5)))
-    return x.flatten(3).flatten(1, 2)
 
 
 def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:

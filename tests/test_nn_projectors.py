@@ -202,6 +202,11 @@ def test_flops_are_counted_and_few() -> None:
     assert counts["projected"][0] > 60 * counts["absorbed"][0]
 
 
+def test_no_width_and_no_rows() -> None:
+    assert mmkernels.patch_merge(torch.zeros(1, 2, 2, 0)).shape == (1, 1, 0)
+    assert mmkernels.patch_merge(torch.zeros(0, 2, 2, 3), norm=Norm("rms")).shape == (0, 1, 12)
+
+
 def test_packed_context_equals_each_sample_alone() -> None:
     torch.manual_seed(0)
     lengths, q = (4, 9, 1), torch.randn(3, 2, 8, dtype=torch.float64)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Absorbed cross-attention: sizes, mask addressing and the softmax of one row. Host; no torch.
 //
-// B batch, Q queries, n context tokens with latents (own without), X context width, A heads, d head width. The A·Q score rows of a
-// sample are ordered head first: row = head·Q + query.
+// B batch, Q queries, n context tokens with latents (own: without), X context width, A heads, d head width. The A·Q
+// score rows of a sample are ordered head first: row = head·Q + query.
 #pragma once
 #include "../common/numeric.h"
 

@@ -241,7 +241,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, c
   if (out.numel() == 0) return {out, lse};
   dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
     using T = pointee<decltype(tag)>;
-    forward_groups<T>({query, context, latents, w_k, w_v, mask, dropout, num_heads, scale, dropout_p}, contiguous(value_bias), out, lse);
+    const Problem<T> problem(query, context, latents, w_k, w_v, mask, dropout, num_heads, scale, dropout_p);
+    forward_groups(problem, contiguous(value_bias), out, lse);
   });
   return {out, lse};
 }

@@ -109,8 +109,8 @@ class Merge {
  public:
   Merge(const Shape& s, const Tensor& features, const OptionalTensor& index, const OptionalTensor& weight,
         const OptionalTensor& bias)
-      : s_(s), x_(data<T>(features)), index_(index ? data<int64_t>(*index) : nullptr), weight_(widened<T>(weight, s.normed(), 1)),
-        bias_(widened<T>(bias, s.normed(), 0)) {}
+      : s_(s), x_(data<T>(features)), index_(index ? data<int64_t>(*index) : nullptr),
+        weight_(widened<T>(weight, s.normed(), 1)), bias_(widened<T>(bias, s.normed(), 0)) {}
 
   void forward(T* out) const {
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, s_.width()));
@@ -145,11 +145,11 @@ class Merge {
 
   void copy_row(T* to, T* copy, int64_t m) const {
     T* rows = s_.channels_first ? copy : to;
-    for (int64_t j = 0, run; j < s_.J; j += run) {
+    for (int64_t j = 0; j < s_.J; ++j) {
       const int64_t from = source(m, j);
-      for (run = 1; j + run < s_.J && from >= 0 && source(m, j + run) == from + run;) ++run;
-      if (from < 0) std::fill(rows + j * s_.C, rows + (j + 1) * s_.C, Convert<T>::from(acc_t<T>(0)));
-      else memcpy(static_cast<void*>(rows + j * s_.C), x_ + from * s_.C, run * s_.C * sizeof(T));
+      T* row = rows + j * s_.C;
+      if (from < 0) std::fill(row, row + s_.C, Convert<T>::from(F(0)));
+      else memcpy(static_cast<void*>(row), x_ + from * s_.C, s_.C * sizeof(T));
     }
     if (s_.channels_first) transpose(to, copy, s_.J, s_.C);
   }
@@ -170,18 +170,9 @@ class Merge {
     }
   }
 
-  // The row after (m, j), on its way while this one is normed.
-  void prefetch(int64_t m, int64_t j) const {
-    if (++j == s_.J) ++m, j = 0;
-    if (m >= s_.M || source(m, j) < 0) return;
-    const char* row = reinterpret_cast<const char*>(x_ + source(m, j) * s_.C);
-    for (int64_t i = 0; i < static_cast<int64_t>(s_.C * sizeof(T)); i += 64) __builtin_prefetch(row + i);
-  }
-
   void norm_before(T* to, F* scratch, T* copy, int64_t m) const {
     T* rows = s_.channels_first ? copy : to;
     for (int64_t j = 0; j < s_.J; ++j) {
-      prefetch(m, j);
       T* row = rows + j * s_.C;
       if (source(m, j) < 0) std::fill(row, row + s_.C, Convert<T>::from(F(0)));
       else normalise(row, neighbour(m, j, scratch), s_.C, s_.norm, s_.eps, weight_.data(), bias_.data());

@@ -10,6 +10,7 @@ from torch import nn
 
 import mmkernels
 from mmkernels.nn.attention_pool import multihead_attention
+from mmkernels.ops.cross_attention.absorbed import position_scores
 
 
 def sincos_tables(
@@ -175,12 +176,8 @@ class Resampler(nn.Module):
         D, A = self.query.shape[1], self.attn.num_heads
         squares = F.linear(features, folded.spread).float().square().sum(-1, keepdim=True)
         scaled = features * torch.rsqrt(squares / D + self.ln_kv.eps).to(features.dtype)
-        w_k = self.attn.in_proj_weight[D : 2 * D].detach().float()
-        q = folded.query.float().unflatten(-1, (A, -1)).transpose(0, 1) * (D // A) ** -0.5
-        rows, columns = (
-            q @ F.linear(t.float(), w_k).unflatten(-1, (A, -1)).permute(1, 2, 0) for t in position
-        )
-        scores = (rows[..., :, None] + columns[..., None, :]).flatten(-2)[None]  # [1, A, Q, n]
+        w_k = self.attn.in_proj_weight[D : 2 * D]  # positions join K after the norm: as they are
+        scores = position_scores(folded.query, position, w_k, A, (D // A) ** -0.5)
         if mask is not None:
             scores = torch.where(mask, scores, -torch.inf)
         return mmkernels.cross_attention(

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mmkernels.ops.cross_attention import flops  # noqa: F401 (registers the formulas)
+from mmkernels.ops.cross_attention.arguments import over_latents
 from mmkernels.ops.cross_attention.op import FORWARD
 
 
@@ -21,14 +22,10 @@ def absorbed(
 ) -> torch.Tensor:
     """As ``projected``."""
     if position:
-        scores = _scores_of(query, position, weights[0], A, scale)
+        scores = position_scores(query, position, weights[0], A, scale)
         mask = _add_scores(mask, scores, context)
-    n = context.shape[1]
-    if latents is not None:
-        n += latents.shape[1]
-        if mask is not None:
-            value = True if mask.dtype == torch.bool else 0.0
-            mask = F.pad(mask, (0, latents.shape[1]), value=value)
+    mask = over_latents(mask, latents)
+    n = context.shape[1] + (0 if latents is None else latents.shape[1])
     keep = None
     if dropout_p > 0:
         keep = torch.rand(len(context), A, query.shape[-2], n, device=context.device) >= dropout_p
@@ -38,7 +35,7 @@ def absorbed(
     return out
 
 
-def _scores_of(
+def position_scores(
     query: torch.Tensor,
     position: tuple[torch.Tensor, ...],
     key_weight: torch.Tensor | None,

@@ -8,6 +8,7 @@ Letters: B batch, Q queries, n context tokens, L latents, X context width, A hea
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from mmkernels import checks
 
@@ -110,6 +111,13 @@ def position_of(
         expected = f"[n, X] = [{n}, {X}], or two of [rows, X], [columns, X] with rows·columns = {n}"
         checks.fail(OP, "key_position", shapes, expected)
     return tables
+
+
+def over_latents(mask: torch.Tensor | None, latents: torch.Tensor | None) -> torch.Tensor | None:
+    """``[…, n]`` → ``[…, n + L]``: every query sees all latents."""
+    if mask is None or latents is None:
+        return mask
+    return F.pad(mask, (0, latents.shape[1]), value=True if mask.dtype == torch.bool else 0.0)
 
 
 def grouped(query: torch.Tensor, num_heads: int, kv_heads: int) -> torch.Tensor:

@@ -4,6 +4,7 @@
 import torch
 import torch.nn.functional as F
 
+from mmkernels.ops.cross_attention.arguments import over_latents
 from mmkernels.ops.norm import Norm
 from mmkernels.ops.patch_merge.api import normed
 
@@ -37,9 +38,9 @@ def projected(
     k = k if key_norm is None else normed(k, key_norm)
     if mask is not None:
         mask = mask.to(k.dtype) if mask.is_floating_point() else mask
-        more = k.shape[2] - mask.shape[3]
-        mask = F.pad(mask, (0, more), value=True if mask.dtype == torch.bool else 0.0)
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
+    out = F.scaled_dot_product_attention(
+        q, k, v, over_latents(mask, latents), dropout_p, scale=scale
+    )
     return out.transpose(1, 2).flatten(2)
 
 

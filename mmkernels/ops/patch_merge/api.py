@@ -69,7 +69,7 @@ def patch_merge(
     index = _index(features, grid_thw, merge, blocks, transposed, pad)
     kind, weight, bias, eps = norm or Norm("none")
     out: torch.Tensor = FORWARD(
-        features.reshape(-1, features.shape[-1]), index, weight, bias, group, kind, norm_after,
+        features.flatten(0, -2), index, weight, bias, group, kind, norm_after,
         order == "ckk", eps,
     )  # fmt: skip
     if not dense:
@@ -81,8 +81,7 @@ def patch_merge(
 def normed(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """The norm alone, over the last axis; its gradients have the same bits for any number of threads."""
     kind, weight, bias, eps = norm
-    rows = x.reshape(-1, x.shape[-1])
-    out: torch.Tensor = FORWARD(rows, None, weight, bias, 1, kind, False, False, eps)
+    out: torch.Tensor = FORWARD(x.flatten(0, -2), None, weight, bias, 1, kind, False, False, eps)
     return out.view(x.shape)
 
 

@@ -255,9 +255,8 @@ def patch_merge_backward(
                 BLOCK=128, num_warps=4, **meta,
             )  # fmt: skip
     d_weight, d_bias = partial.sum(1).to(features.dtype)
-    empty = features.new_empty(0)
     return (
-        d_features if needs[0] else empty,
+        d_features if needs[0] else features.new_empty(0),
         d_weight.clone() if needs[1] else features.new_empty(0),
         d_bias.clone() if needs[2] else features.new_empty(0),
     )

@@ -6,11 +6,15 @@ from mmkernels.ops import (
     OPS,
     Norm,
     PackedPatches,
+    PackPlan,
     cross_attention,
     merge_embeddings,
+    pack_bins,
+    pack_embeddings,
     patch_embed,
     patch_embed_packed,
     patch_merge,
+    plan_pack,
     poll_errors,
 )
 from mmkernels.version import __version__
@@ -20,13 +24,17 @@ load_native()
 __all__ = [
     "OPS",
     "Norm",
+    "PackPlan",
     "PackedPatches",
     "__version__",
     "backend",
     "cross_attention",
     "merge_embeddings",
+    "pack_bins",
+    "pack_embeddings",
     "patch_embed",
     "patch_embed_packed",
     "patch_merge",
+    "plan_pack",
     "poll_errors",
 ]

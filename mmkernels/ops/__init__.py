@@ -4,19 +4,24 @@
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
 from mmkernels.ops.norm import Norm
+from mmkernels.ops.pack_embeddings import PackPlan, pack_bins, pack_embeddings, plan_pack
 from mmkernels.ops.patch_embed import PackedPatches, patch_embed, patch_embed_packed
 from mmkernels.ops.patch_merge import patch_merge
 
-OPS = ("patch_embed", "cross_attention", "merge_embeddings", "patch_merge")
+OPS = ("patch_embed", "cross_attention", "merge_embeddings", "patch_merge", "pack_embeddings")
 
 __all__ = [
     "OPS",
     "Norm",
+    "PackPlan",
     "PackedPatches",
     "cross_attention",
     "merge_embeddings",
+    "pack_bins",
+    "pack_embeddings",
     "patch_embed",
     "patch_embed_packed",
     "patch_merge",
+    "plan_pack",
     "poll_errors",
 ]

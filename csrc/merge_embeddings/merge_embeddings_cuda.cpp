@@ -49,7 +49,7 @@ void write_rows(const Tensor& to, const Rows& rows, const Tensor& source, int64_
                 std::optional<double> embed_scale, cudaStream_t stream) {
   const MergeArgs args{rows.sources, data<int64_t>(source), mutable_data<char>(to), source.numel(), text_rows,
                        rows.sources.first[rows.features.size()], embed_scale.has_value(), embed_scale.value_or(1.0)};
-  if (source.numel() * rows.width()) check_cuda("merge_embeddings", launch_merge(args, dtype_of(rows.text), stream));
+  if (source.numel() && rows.width()) check_cuda("merge_embeddings", launch_merge(args, dtype_of(rows.text), stream));
 }
 
 // To `out`, or to a new tensor.

@@ -72,6 +72,7 @@ class Media:
     def __init__(
         self,
         rule: Family,
+        samples: int,
         image_grid: torch.Tensor | None,
         video_grid: torch.Tensor | None,
         seconds: torch.Tensor | None,
@@ -86,18 +87,35 @@ class Media:
             self._check(kind, rows or [])
         self.order = {kind: self._pictures(kind, rows or []) for kind, rows in self.grids.items()}
         self.seconds = None if seconds is None else seconds.cpu()
-        if video_grid is not None and seconds is not None and len(seconds) != len(video_grid):
-            checks.fail(OP, "second_per_grid_ts", f"{len(seconds)}", f"{len(video_grid)} numbers, one a video")
         self.audio = None if audio_seqlens is None else audio_seqlens.tolist()
         self.per_sample = None if images_per_sample is None else images_per_sample.tolist()
         self.at, self.audio_at, self.number = {IMAGE: 0, VIDEO: 0}, 0, 0
+        self._check_numbers(samples)
+
+    def _check_numbers(self, samples: int) -> None:
+        images, videos = (len(rows or []) for rows in self.grids.values())
+        if self.per_sample is not None and self.rule.scan == SPANS:
+            for n in self.per_sample:
+                if not 0 <= n <= images:
+                    checks.fail(OP, "images_per_sample", n, f"numbers of at most {images}")
+            got = (len(self.per_sample), sum(self.per_sample))
+            if got != (samples, images):
+                expected = f"{samples} numbers, {images} rows of image_grid_thw in all"
+                checks.fail(OP, "images_per_sample", "{} numbers, {} in all".format(*got), expected)
+        if self.seconds is None:
+            return
+        for s in self.seconds.tolist():
+            if not abs(s) < 1e9:
+                checks.fail(OP, "second_per_grid_ts", s, "finite numbers")
+        if self.grids[VIDEO] is not None and len(self.seconds) != videos:
+            checks.fail(OP, "second_per_grid_ts", len(self.seconds), f"{videos} numbers, one a video")
 
     def _check(self, kind: int, rows: list[list[int]]) -> None:
         m = self.rule.spatial_merge_size
         every = self.rule.temporal_merge if kind == VIDEO else 1
         for i, (t, h, w) in enumerate(rows):
-            if min(t, h, w) < 1 or h % m or w % m or t % every:
-                expected = f"t, h, w of at least 1, h and w multiples of {m}, t of {every}"
+            if min(t, h, w) < 1 or max(t, h, w) > 2**20 or h % m or w % m or t % every:
+                expected = f"t, h, w from 1 to 2^20, h and w multiples of {m}, t of {every}"
                 checks.fail(OP, f"{_NAMES[kind][1]}[{i}]", [t, h, w], expected)
 
     def _pictures(self, kind: int, rows: list[list[int]]) -> list[tuple[int, int, int, int]]:
@@ -114,7 +132,7 @@ class Media:
         """Before a sample: packed ones start their pictures' numbers anew."""
         self.number = 0 if packed else self.number
         if self.rule.scan == SPANS:
-            self.at[IMAGE] = sum(self.per_sample[: sample.number]) if self.per_sample else 0
+            self.at[IMAGE] = sum((self.per_sample or [])[: sample.number])
 
     def has(self, kind: int) -> bool:
         return self.grids[kind] is not None
@@ -158,7 +176,11 @@ class Media:
             checks.fail(OP, "audio_seqlens", got, expected)
         length = self.audio[self.audio_at]
         self.audio_at += 1
-        return audio_tokens(length, self.rule.audio_window)
+        tokens = audio_tokens(length, self.rule.audio_window)
+        if not 0 <= length < 2**31 or tokens < 1:
+            expected = "long enough for a token, below 2^31"
+            checks.fail(OP, f"audio_seqlens[{self.audio_at - 1}]", length, expected)
+        return tokens
 
     def end(self) -> None:
         """Every row was taken, but for those of images yet to be generated."""
@@ -168,7 +190,7 @@ class Media:
             if self.at[kind] != len(self.order[kind]):
                 expected = f"as many as input_ids has {name}s, {self._rows_taken(kind)} rows"
                 checks.fail(OP, argument, f"{len(self.grids[kind] or [])}", expected)
-        if self.audio is not None and self.audio_at != len(self.audio):
+        if self.rule.scan == UNITS and self.audio is not None and self.audio_at != len(self.audio):
             expected = f"as many as input_ids has audios, {self.audio_at} numbers"
             checks.fail(OP, "audio_seqlens", len(self.audio), expected)
 

@@ -34,13 +34,14 @@ def mrope_positions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``[axes (and before them text, when packed), *input_ids.shape]`` and ``[samples, 1]``."""
     rule, packed = Family(*family), cu_seqlens is not None
-    media = Media(rule, image_grid, video_grid, seconds, audio_seqlens, images_per_sample)
+    kept = list(kept_tokens(input_ids, attention_mask, cu_seqlens))
+    media = Media(rule, len(kept), image_grid, video_grid, seconds, audio_seqlens, images_per_sample)
     bare = rule.scan == UNITS and media.empty  # transformers then counts the mask, whose padding it sets to 1
     dtype = torch.float32 if rule.fractional else torch.int64
     shape = (rule.axes + packed, input_ids.numel())
     out = torch.full(shape, 1 if bare else rule.pad, dtype=dtype)
     deltas = []
-    for b, places in enumerate(kept_tokens(input_ids, attention_mask, cu_seqlens)):
+    for b, places in enumerate(kept):
         sample = _sample(b, input_ids, mm_token_type_ids, places, rule)
         media.begin(sample, packed)
         n = len(places)

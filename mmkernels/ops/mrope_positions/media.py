@@ -47,10 +47,10 @@ def kept_tokens(
         for i in range(len(ends) - 1):
             yield torch.arange(ends[i], ends[i + 1])
         return
-    L = input_ids.shape[-1]
-    for b in range(input_ids.numel() // max(L, 1) if input_ids.dim() == 1 else input_ids.shape[0]):
+    L, samples = input_ids.shape[-1], 1 if input_ids.dim() == 1 else input_ids.shape[0]
+    for b in range(samples):
         row = torch.arange(b * L, (b + 1) * L)
-        yield row if attention_mask is None else row[attention_mask.view(-1, L)[b].cpu() != 0]
+        yield row if attention_mask is None else row[attention_mask.view(samples, L)[b].cpu() != 0]
 
 
 def types_of(ids: list[int], rule: Family) -> list[int]:

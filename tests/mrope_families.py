@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mmkernels.ops.mrope_positions import FAMILIES, Family
-from mmkernels.ops.mrope_positions.families import BLOCK, CANVAS, INDEX, SPANS, UNITS
+from mmkernels.ops.mrope_positions.families import CANVAS, INDEX, SPANS, UNITS
 from mmkernels.ops.mrope_positions.media import audio_tokens
 
 CLASSES = {
@@ -39,7 +39,13 @@ CLASSES = {
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
     "qwen3_omni_moe_talker": "Qwen3OmniMoeTalkerForConditionalGeneration",
 }
-MARKERS = {"slice_start_id": 901, "slice_end_id": 902, "image_start_id": 903, "image_end_id": 904, "newline_id": 905}
+MARKERS = {
+    "slice_start_id": 901,
+    "slice_end_id": 902,
+    "image_start_id": 903,
+    "image_end_id": 904,
+    "newline_id": 905,
+}
 
 
 @functools.cache
@@ -88,6 +94,7 @@ class Batch:
     seconds: list[float] = field(default_factory=list)
     audios: list[int] = field(default_factory=list)
     per_sample: list[int] = field(default_factory=list)
+    audio_in_video: bool = False
 
 
 def _text(rng: random.Random, at_least: int = 0, at_most: int = 6) -> list[tuple[int, int]]:
@@ -145,11 +152,11 @@ def _spans(rng: random.Random, batch: Batch) -> list[tuple[int, int]]:
     return [*parts, (row.start_id, 0)]
 
 
-def _units(rng: random.Random, batch: Batch, both: bool) -> list[tuple[int, int]]:
+def _units(rng: random.Random, batch: Batch) -> list[tuple[int, int]]:
     row, parts = batch.row, _text(rng)
     end, bos, sound = (16, 0), (row.start_id, 0), (row.audio_start_id, 0)
     for _ in range(rng.choice((0, 1, 2, 3))):
-        kind = rng.choice(("image", "audio", "both" if both else "video"))
+        kind = rng.choice(("image", "audio", "both" if batch.audio_in_video else "video"))
         h, w = _sides(rng)
         if kind in ("audio", "both"):
             batch.audios.append(rng.randint(8, 400))
@@ -189,10 +196,14 @@ def _canvas(rng: random.Random, batch: Batch) -> list[tuple[int, int]]:
             rows, columns = (rng.randint(1, 3), rng.randint(1, 3)) if rng.random() < 0.5 else (0, 0)
             h, w = _sides(rng)
             for y in range(rows):
-                for x in range(columns):
+                for _ in range(columns):
                     high, wide = (h, w) if rng.random() < 0.8 else _sides(rng)
                     grids.append([high * m, wide * m])
-                    parts += [(row.slice_start_id, 0), *[token] * (high * wide), (row.slice_end_id, 0)]
+                    parts += [
+                        (row.slice_start_id, 0),
+                        *[token] * (high * wide),
+                        (row.slice_end_id, 0),
+                    ]
                 if y + 1 < rows:
                     parts.append(newline)
             parts += rng.choice(([], [newline], [newline] * 2))
@@ -202,14 +213,28 @@ def _canvas(rng: random.Random, batch: Batch) -> list[tuple[int, int]]:
 
 def draw(rng: random.Random, name: str) -> Batch:
     """A batch of 1 to 4 samples: text only, images, videos, audio."""
-    batch = Batch(row_of(name))
-    both = rng.random() < 0.5  # transformers: every video with its audio, or none
+    batch = Batch(row_of(name), audio_in_video=rng.random() < 0.5)  # of every video, or none
     for _ in range(rng.randint(1, 4)):
         scan = batch.row.scan
         make = {SPANS: _spans, CANVAS: _canvas}.get(scan, _runs)
-        batch.samples.append(_units(rng, batch, both) if scan == UNITS else make(rng, batch))
-    batch.both = both  # type: ignore[attr-defined]
+        batch.samples.append(_units(rng, batch) if scan == UNITS else make(rng, batch))
     return batch
+
+
+def draw_one(rng: random.Random, name: str) -> Batch:
+    """A batch of one sample."""
+    while len((batch := draw(rng, name)).samples) != 1:
+        pass
+    return batch
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """The samples of several batches in one."""
+    whole = Batch(batches[0].row)
+    for batch in batches:
+        for name in ("samples", "images", "videos", "seconds", "audios", "per_sample"):
+            getattr(whole, name).extend(getattr(batch, name))
+    return whole
 
 
 def media(batch: Batch) -> dict[str, Any]:
@@ -243,19 +268,27 @@ def padded(rng: random.Random, batch: Batch, side: str) -> dict[str, torch.Tenso
     return {"input_ids": ids, "mm_token_type_ids": types.int(), "attention_mask": mask}
 
 
-def theirs(name: str, tokens: dict[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def packed(batch: Batch) -> dict[str, torch.Tensor]:
+    ids, types = torch.tensor([x for sample in batch.samples for x in sample]).unbind(-1)
+    ends = torch.tensor([0, *(len(s) for s in batch.samples)], dtype=torch.int32).cumsum(0)
+    return {"input_ids": ids, "mm_token_type_ids": types, "cu_seqlens": ends.int()}
+
+
+def theirs(
+    name: str, tokens: dict[str, torch.Tensor], batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What transformers says."""
     row, given, tokens = batch.row, media(batch), dict(tokens)
     if row.scan in (SPANS, UNITS):
         tokens.pop("mm_token_type_ids", None)
     if row.scan == UNITS:
         given["second_per_grids"] = given.pop("second_per_grid_ts", None)
-        given["use_audio_in_video"] = batch.both  # type: ignore[attr-defined]
+        given["use_audio_in_video"] = batch.audio_in_video
     if row.scan == CANVAS:
-        given = {"target_sizes": given["image_grid_thw"], "target_sizes_videos": given["video_grid_thw"]}
+        given = {
+            "target_sizes": given["image_grid_thw"],
+            "target_sizes_videos": given["video_grid_thw"],
+        }
     if row.advance == INDEX:
         given.pop("video_grid_thw")
     return model_of(name).get_rope_index(**tokens, **given)
-
-
-__all__ = ["BLOCK", "CLASSES", "Batch", "draw", "media", "model_of", "padded", "row_of", "theirs"]

@@ -81,7 +81,7 @@ class Media {
     limit_ = image.at + (*per_sample)[sample];
   }
 
-  // The next picture, of `tokens` tokens or `markers` more; -1: not counted.
+  // The next picture, of `tokens` tokens or `markers` more.
   Picture next(int64_t kind, const Sample& sample, int64_t tokens, int64_t markers = 0) {
     Grid& grid = of(kind);
     if (grid.at >= (rule_.scan == kSpans ? limit_ : grid.pictures.size()))
@@ -89,7 +89,7 @@ class Media {
              grid.rows ? text(grid.size(), " rows") : "None");
     const Picture p = grid.pictures[grid.at++];
     const int64_t expected = p.t * p.h * p.w;
-    if (tokens >= 0 && tokens != expected && tokens != expected + markers)
+    if (tokens != expected && tokens != expected + markers)
       refuse(sample.name(), text(expected, " ", grid.name, " tokens in a row (", grid.argument, "[", p.row, "] = ",
                                  grid.row(p.row), ")"), text(tokens));
     ++number;
@@ -109,14 +109,17 @@ class Media {
     return time;
   }
 
-  int64_t next_audio(const Sample& sample) {
+  // Checks the tokens of the next audio.
+  void next_audio(const Sample& sample, int64_t tokens) {
     if (!audio || audio_at_ >= audio->size())
       refuse("audio_seqlens", text("a number for every audio (sample ", sample.number, " has one more)"),
              audio ? text(audio->size(), " numbers") : "None");
-    const int64_t length = (*audio)[audio_at_++], tokens = audio_tokens(length, rule_.audio_window);
-    if (length < 0 || length >= int64_t{1} << 31 || tokens < 1)
-      refuse(text("audio_seqlens[", audio_at_ - 1, "]"), "long enough for a token, below 2^31", text(length));
-    return tokens;
+    const std::string name = text("audio_seqlens[", audio_at_, "]");
+    const int64_t length = (*audio)[audio_at_++], expected = audio_tokens(length, rule_.audio_window);
+    if (length < 0 || length >= int64_t{1} << 31 || expected < 1)
+      refuse(name, "long enough for a token, below 2^31", text(length));
+    if (tokens != expected)
+      refuse(sample.name(), text(expected, " audio tokens in a row (", name, " = ", length, ")"), text(tokens));
   }
 
   // Every row was taken, but for those of images yet to be generated.

@@ -41,18 +41,18 @@ def mrope_positions(
         family: transformers' ``model_type``, or a row of numbers, ``family_of(model.config)``, for a checkpoint whose
             token ids or rates are not its config class's defaults.
         image_token_id, video_token_id: Instead of the family's.
-        image_grid_thw: ``[images, 3]`` patches along t, h, w before merging. MiniCPM-V: its ``target_sizes``, ``[crops, 2]``.
+        image_grid_thw: ``[images, 3]`` patches along t, h, w, not merged. MiniCPM-V: ``target_sizes``, ``[crops, 2]``.
         video_grid_thw: ``[videos, 3]`` (``[crops, 2]``).
         second_per_grid_ts: Seconds between merged frames of each video (Qwen2.5-VL, the omni models).
         audio_seqlens: Frames of each audio before the encoder (the omni models; audio in video is found by its tokens).
         images_per_sample: GLM-Image: rows of the grid of each sample, images to be generated among them.
-        spatial_merge_size: Patches merged along each side. None: the family's, 2 but for GLM-Image (1) and MiniCPM-V (4).
+        spatial_merge_size: Patches merged along a side. None: the family's, 2 but for GLM-Image (1) and MiniCPM-V (4).
         attention_mask: ``[B, L]``, 0 marks padding, on any side.
         cu_seqlens: ``[samples + 1]`` int32 or int64: samples follow each other without padding. Each starts at 0.
 
     Returns:
-        ``position_ids`` ``[3, B, L]`` (4 axes: HunYuan-VL) and ``rope_deltas`` ``[samples, 1]``, what decoding adds to a
-        sample's length to get the next position. int64; float32 for Qwen3-Omni, whose time has fractions. Packed:
+        ``position_ids`` ``[3, B, L]`` (4 axes: HunYuan-VL) and ``rope_deltas`` ``[samples, 1]``, what decoding adds to
+        a sample's length to get the next position. int64; float32 for Qwen3-Omni, whose time has fractions. Packed:
         ``[1 + 3, *input_ids.shape]``, before the axes the text's row, 0, 1, 2, … in every sample: what transformers'
         flash attention finds the samples by. Padding: 0, where transformers says so 1.
 
@@ -65,7 +65,8 @@ def mrope_positions(
     Source: ``get_rope_index`` of transformers 5.24, 23 of them.
     """
     row = family_named(family)
-    given = {"image_token_id": image_token_id, "video_token_id": video_token_id, "spatial_merge_size": spatial_merge_size}
+    given = {"image_token_id": image_token_id, "video_token_id": video_token_id}
+    given["spatial_merge_size"] = spatial_merge_size
     row = row._replace(**{k: v for k, v in given.items() if v is not None})
     _check_tokens(input_ids, mm_token_type_ids, attention_mask, cu_seqlens)
     if row.spatial_merge_size < 1:
@@ -73,8 +74,19 @@ def mrope_positions(
     image_grid = _grid("image_grid_thw", image_grid_thw, row)
     video_grid = _grid("video_grid_thw", video_grid_thw, row)
     seconds = _seconds(second_per_grid_ts, row)
-    types = mm_token_type_ids if row.scan in (RUNS, CANVAS) else None  # the others go by token ids alone
-    for name, counts in (("audio_seqlens", audio_seqlens), ("images_per_sample", images_per_sample)):
+    types = mm_token_type_ids if row.scan in (RUNS, CANVAS) else None  # others go by ids alone
+    if types is not None and types.dtype not in (*_INTEGERS, torch.uint8):
+        types = types.long()
+    if attention_mask is not None and attention_mask.dtype not in (
+        *_INTEGERS,
+        torch.uint8,
+        torch.bool,
+    ):
+        attention_mask = attention_mask != 0
+    for name, counts in (
+        ("audio_seqlens", audio_seqlens),
+        ("images_per_sample", images_per_sample),
+    ):
         if counts is not None and (counts.dim() != 1 or counts.dtype not in _INTEGERS):
             checks.fail(OP, name, _told(counts), "int64 or int32, one number each")
     try:
@@ -105,10 +117,16 @@ def _check_tokens(
         checks.fail(OP, "input_ids", list(input_ids.shape), "[B, L] or [T]")
     if mm_token_type_ids is not None:
         if mm_token_type_ids.is_floating_point():
-            raise TypeError(f"{OP}: mm_token_type_ids must be integers, got {mm_token_type_ids.dtype}")
-        checks.shape(OP, "mm_token_type_ids", mm_token_type_ids, tuple(input_ids.shape), "that of input_ids")
+            raise TypeError(
+                f"{OP}: mm_token_type_ids must be integers, got {mm_token_type_ids.dtype}"
+            )
+        checks.shape(
+            OP, "mm_token_type_ids", mm_token_type_ids, tuple(input_ids.shape), "that of input_ids"
+        )
     if attention_mask is not None:
-        checks.shape(OP, "attention_mask", attention_mask, tuple(input_ids.shape), "that of input_ids")
+        checks.shape(
+            OP, "attention_mask", attention_mask, tuple(input_ids.shape), "that of input_ids"
+        )
     if cu_seqlens is None:
         return
     if attention_mask is not None:
@@ -129,7 +147,7 @@ def _grid(name: str, grid: torch.Tensor | None, row: Family) -> torch.Tensor | N
 
 
 def _seconds(seconds: torch.Tensor | Sequence[float] | None, row: Family) -> torch.Tensor | None:
-    """Of a float tensor as it is, of numbers float32; RUNS: times the rate, in the precision transformers does it in."""
+    """A float tensor as it is, numbers as float32; for RUNS times the rate, rounded as transformers rounds it."""
     if seconds is None or not row.rate:
         return None
     scale = row.rate if row.scan == RUNS else 1
@@ -140,5 +158,7 @@ def _seconds(seconds: torch.Tensor | Sequence[float] | None, row: Family) -> tor
     if not seconds.is_floating_point():
         seconds = seconds.double()
     elif seconds.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{OP}: second_per_grid_ts must be float32, float64 or integers, got {seconds.dtype}")
+        raise TypeError(
+            f"{OP}: second_per_grid_ts must be float32, float64 or integers, got {seconds.dtype}"
+        )
     return seconds * scale

@@ -96,7 +96,9 @@ def _paint(
         positions[1:, a:b] = corner[:, None] + _spread(crop, crop.h, crop.w)
         if b < end:
             positions[1:, b] = corner + torch.tensor([crop.h - 1, crop.w - 1])
-        if k + 1 < len(slices) and slices[k + 1][0] - b > 2:  # the newline that ends a row of slices
+        if (
+            k + 1 < len(slices) and slices[k + 1][0] - b > 2
+        ):  # the newline that ends a row of slices
             edge = [at + (k // columns + 1) * crops[0].h - 1, at + columns * crops[0].w]
             positions[1:, b + 1 : slices[k + 1][0] - 1] = torch.tensor(edge)[:, None]
     return max(high, wide) + 1
@@ -112,5 +114,7 @@ def _columns(slices: list[Span]) -> int:
 
 def _spread(crop: Picture, high: int, wide: int) -> torch.Tensor:
     """``[2, h·w]``: row and column of a crop's tokens, spread over so many places, rounded half to even."""
-    rows, columns = (torch.linspace(0, n - 1, k).round().long() for n, k in ((high, crop.h), (wide, crop.w)))
+    rows, columns = (
+        torch.linspace(0, n - 1, k).round().long() for n, k in ((high, crop.h), (wide, crop.w))
+    )
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).flatten(1)

@@ -32,7 +32,9 @@ class Family(NamedTuple):
     rate: int = 0  # positions a second of video; 0: one a frame
     fractional: int = 0  # 1: positions are float32, a second's fractions kept
     pad: int = 0  # the position of padding
-    pictures_per_sample: int = 0  # 1: rows of the grid may outnumber the pictures (those yet to be generated)
+    pictures_per_sample: int = (
+        0  # 1: rows of the grid may outnumber the pictures (those yet to be generated)
+    )
     twin_markers: int = 0  # 1: the two start (end) tokens of a video with audio share a position
     chunk_seconds: int = 0  # audio and video alternate every so many seconds; 0: sorted by position
     audio_window: int = 0  # of the encoder's chunks; 0: two convolutions of stride 2
@@ -121,7 +123,9 @@ def family_of(config: Any) -> Family:
     places = (config, getattr(config, "vision_config", None))
     for field, names in _SOURCES.items():
         used = row.scan == CANVAS or getattr(row, field) > 0
-        found = [getattr(p, n) for p in places for n in names if isinstance(getattr(p, n, None), int)]
+        found = [
+            getattr(p, n) for p in places for n in names if isinstance(getattr(p, n, None), int)
+        ]
         if used and found:
             row = row._replace(**{field: found[0]})
     if row.advance == INDEX:

@@ -108,7 +108,9 @@ class Media:
             if not abs(s) < 1e9:
                 checks.fail(OP, "second_per_grid_ts", s, "finite numbers")
         if self.grids[VIDEO] is not None and len(self.seconds) != videos:
-            checks.fail(OP, "second_per_grid_ts", len(self.seconds), f"{videos} numbers, one a video")
+            checks.fail(
+                OP, "second_per_grid_ts", len(self.seconds), f"{videos} numbers, one a video"
+            )
 
     def _check(self, kind: int, rows: list[list[int]]) -> None:
         m = self.rule.spatial_merge_size
@@ -137,8 +139,8 @@ class Media:
     def has(self, kind: int) -> bool:
         return self.grids[kind] is not None
 
-    def next(self, kind: int, sample: Sample, tokens: int | None, markers: int = 0) -> Picture:
-        """The next picture of this kind, of ``tokens`` tokens or ``markers`` more (None: not counted)."""
+    def next(self, kind: int, sample: Sample, tokens: int, markers: int = 0) -> Picture:
+        """The next picture of this kind, of ``tokens`` tokens, or ``markers`` more."""
         name, argument = _NAMES[kind]
         at, pictures = self.at[kind], self.order[kind]
         limit = len(pictures)
@@ -149,7 +151,7 @@ class Media:
             expected = f"a row for every {name} (sample {sample.number} has one more)"
             checks.fail(OP, argument, rows, expected)
         t, h, w, row = pictures[at]
-        if tokens is not None and tokens - t * h * w not in (0, markers):
+        if tokens - t * h * w not in (0, markers):
             grid = (self.grids[kind] or [])[row]
             expected = f"{t * h * w} {name} tokens in a row ({argument}[{row}] = {grid})"
             checks.fail(OP, sample.name, tokens, expected)
@@ -159,27 +161,33 @@ class Media:
 
     def _time(self, kind: int, t: int, row: int) -> torch.Tensor:
         step, rate = torch.arange(t), self.rule.rate
-        if self.rule.scan == UNITS:
-            if kind == VIDEO and self.seconds is None:
+        seconds = self.seconds
+        if self.rule.scan == UNITS and kind == IMAGE:
+            time = step * rate
+        elif self.rule.scan == UNITS:
+            if seconds is None:
                 checks.fail(OP, "second_per_grid_ts", "None", "one number a video")
-            time = step * self.seconds[row].float() * rate if kind == VIDEO else step * rate
-            return time.float() if self.rule.fractional else time.long()
-        if kind == VIDEO and rate:
-            return (step * (rate if self.seconds is None else self.seconds[row])).long()
-        return step
+            time = step * seconds[row].float() * rate
+        elif kind == VIDEO and rate:
+            time = step * (rate if seconds is None else seconds[row])
+        else:
+            time = step
+        return time.float() if self.rule.fractional else time.long()
 
-    def next_audio(self, sample: Sample) -> int:
-        """The tokens of the next audio."""
-        if self.audio is None or self.audio_at >= len(self.audio):
+    def next_audio(self, sample: Sample, tokens: int) -> int:
+        """Checks the tokens of the next audio."""
+        at = self.audio_at
+        if self.audio is None or at >= len(self.audio):
             got = "None" if self.audio is None else f"{len(self.audio)} numbers"
             expected = f"a number for every audio (sample {sample.number} has one more)"
             checks.fail(OP, "audio_seqlens", got, expected)
-        length = self.audio[self.audio_at]
-        self.audio_at += 1
-        tokens = audio_tokens(length, self.rule.audio_window)
-        if not 0 <= length < 2**31 or tokens < 1:
-            expected = "long enough for a token, below 2^31"
-            checks.fail(OP, f"audio_seqlens[{self.audio_at - 1}]", length, expected)
+        self.audio_at, length = at + 1, self.audio[at]
+        count = audio_tokens(length, self.rule.audio_window)
+        if not 0 <= length < 2**31 or count < 1:
+            checks.fail(OP, f"audio_seqlens[{at}]", length, "long enough for a token, below 2^31")
+        if tokens != count:
+            told = f"{count} audio tokens in a row (audio_seqlens[{at}] = {length})"
+            checks.fail(OP, sample.name, tokens, told)
         return tokens
 
     def end(self) -> None:

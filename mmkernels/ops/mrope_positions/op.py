@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mmkernels::mrope_positions``: schema and shapes. Not differentiable: integers (positions in time of one family apart).
+"""``mmkernels::mrope_positions``: schema and shapes. Positions have no gradient.
 
 Arguments are those of ``reference.py``; ``family`` is a row of ``families.py``. Kernels:
 ``csrc/mrope_positions/mrope_positions_cpu.cpp`` on CPU, ``triton.py`` on CUDA.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multimodal positions in plain PyTorch: the definition of correct.
 
-Sample after sample, a list of pieces ``[axes, tokens]``. Integers; with ``Family.fractional`` every sum is one of float32,
-in the order of transformers. Time is a product in the dtype of ``seconds``, cut to an integer unless fractional.
+Sample after sample, a list of pieces ``[axes, tokens]``. Integers; with ``Family.fractional`` every sum is one of
+float32, in the order of transformers. Time is a product in the dtype of ``seconds``, cut to an integer or fractional.
 """
 
 import itertools
@@ -14,7 +14,14 @@ from mmkernels import checks
 from mmkernels.ops.mrope_positions.canvas import canvas
 from mmkernels.ops.mrope_positions.families import BLOCK, INDEX, OP, UNITS, Family
 from mmkernels.ops.mrope_positions.media import (
-    IMAGE, TEXT, VIDEO, Media, Picture, Sample, kept_tokens, types_of,
+    IMAGE,
+    TEXT,
+    VIDEO,
+    Media,
+    Picture,
+    Sample,
+    kept_tokens,
+    types_of,
 )  # fmt: skip
 from mmkernels.ops.mrope_positions.pieces import grid, ramp
 from mmkernels.ops.mrope_positions.units import units
@@ -35,8 +42,12 @@ def mrope_positions(
     """``[axes (and before them text, when packed), *input_ids.shape]`` and ``[samples, 1]``."""
     rule, packed = Family(*family), cu_seqlens is not None
     kept = list(kept_tokens(input_ids, attention_mask, cu_seqlens))
-    media = Media(rule, len(kept), image_grid, video_grid, seconds, audio_seqlens, images_per_sample)
-    bare = rule.scan == UNITS and media.empty  # transformers then counts the mask, whose padding it sets to 1
+    media = Media(
+        rule, len(kept), image_grid, video_grid, seconds, audio_seqlens, images_per_sample
+    )
+    bare = (
+        rule.scan == UNITS and media.empty
+    )  # transformers then counts the mask, whose padding it sets to 1
     dtype = torch.float32 if rule.fractional else torch.int64
     shape = (rule.axes + packed, input_ids.numel())
     out = torch.full(shape, 1 if bare else rule.pad, dtype=dtype)
@@ -73,7 +84,9 @@ def _sample(
     types = mm_token_type_ids.flatten().cpu()[places].tolist()
     for kind in types:
         if kind not in (TEXT, IMAGE, VIDEO):
-            checks.fail(OP, f"mm_token_type_ids of sample {b}", kind, "0 (text), 1 (image) or 2 (video)")
+            checks.fail(
+                OP, f"mm_token_type_ids of sample {b}", kind, "0 (text), 1 (image) or 2 (video)"
+            )
     return Sample(b, ids, types)
 
 
@@ -111,7 +124,9 @@ def _indexed(
     if kind == IMAGE and media.has(IMAGE):
         picture = media.next(kind, sample, n, markers=2)
         _, rows, columns = grid(picture.time[:1], picture.h, picture.w)
-        inside = slice((n - len(rows)) // 2, n - (n - len(rows)) // 2)  # without a start and an end token
+        inside = slice(
+            (n - len(rows)) // 2, n - (n - len(rows)) // 2
+        )  # without a start and an end token
         positions[-3, inside], positions[-2, inside] = columns, rows
         positions[-1, inside] = picture.number
     yield positions
@@ -124,7 +139,12 @@ def spans(sample: Sample, media: Media, rule: Family) -> Iterator[torch.Tensor]:
     at = done = 0
     for start, end in zip(starts, ends, strict=False) if media.has(IMAGE) else ():
         if not done <= start <= end:
-            checks.fail(OP, sample.name, f"tokens {start - 1} and {end}", "images' start and end tokens in turn")
+            checks.fail(
+                OP,
+                sample.name,
+                f"tokens {start - 1} and {end}",
+                "images' start and end tokens in turn",
+            )
         yield ramp(at, start - done)
         at += start - done
         picture = media.next(IMAGE, sample, end - start)

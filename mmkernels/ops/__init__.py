@@ -3,12 +3,20 @@
 
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
+from mmkernels.ops.mrope_positions import mrope_positions
 from mmkernels.ops.norm import Norm
 from mmkernels.ops.pack_embeddings import PackPlan, pack_bins, pack_embeddings, plan_pack
 from mmkernels.ops.patch_embed import PackedPatches, patch_embed, patch_embed_packed
 from mmkernels.ops.patch_merge import patch_merge
 
-OPS = ("patch_embed", "cross_attention", "merge_embeddings", "patch_merge", "pack_embeddings")
+OPS = (
+    "patch_embed",
+    "cross_attention",
+    "merge_embeddings",
+    "patch_merge",
+    "pack_embeddings",
+    "mrope_positions",
+)
 
 __all__ = [
     "OPS",
@@ -17,6 +25,7 @@ __all__ = [
     "PackedPatches",
     "cross_attention",
     "merge_embeddings",
+    "mrope_positions",
     "pack_bins",
     "pack_embeddings",
     "patch_embed",

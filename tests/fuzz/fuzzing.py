@@ -32,7 +32,12 @@ from mmkernels import backends
 from mmkernels.testing import gradients, yardstick
 from mmkernels.testing.case import Inputs, map_tensors
 
-OPS = ("patch_embed", "patch_merge", "cross_attention")
+OPS = (
+    "patch_embed",
+    "patch_merge",
+    "cross_attention",
+    "mrope_positions",
+)
 Letters = dict[str, Any]
 
 

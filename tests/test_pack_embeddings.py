@@ -175,3 +175,33 @@ def test_out_takes_the_merged_rows() -> None:
             mmkernels.merge_embeddings(ids, weight, [feature], **call, out=bad)
     with pytest.raises(ValueError, match="out must be None where a gradient is needed"):
         mmkernels.merge_embeddings(ids, weight.requires_grad_(), [feature], **call, out=out)
+
+
+@pytest.mark.parametrize("name", ["merge_embeddings", "pack_embeddings"])
+def test_one_id_many_times_has_an_exact_gradient(name: str) -> None:
+    """4,096 ones in bf16, which counts to 256 only: summed in fp32."""
+    weight = torch.zeros(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.full((4096,), 1)
+    if name == "merge_embeddings":
+        out = mmkernels.merge_embeddings(ids, weight, [])
+    else:
+        out = mmkernels.pack_embeddings(mmkernels.plan_pack([ids]), weight)
+    out.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[:, 0].tolist() == [0, 4096, 0]
+
+
+def test_features_without_a_place_still_have_a_path() -> None:
+    """A rank with no image: zero rows, and zero gradients through an encoder that ran on a dummy."""
+    weight = torch.randn(5, 4, requires_grad=True)
+    encoder = torch.nn.Linear(4, 4)
+    dummy = encoder(torch.randn(3, 4))
+    out = mmkernels.pack_embeddings(mmkernels.plan_pack([torch.tensor([1, 2])]), weight, [dummy])
+    out.sum().backward()
+    assert encoder.weight.grad is not None and not encoder.weight.grad.any()
+    none = mmkernels.merge_embeddings(
+        torch.tensor([1, 2]), weight, [encoder(torch.randn(3, 4))[:0]], feature_token_ids=[9]
+    )
+    encoder.zero_grad(set_to_none=False)
+    none.sum().backward()
+    assert not encoder.weight.grad.any()

@@ -37,6 +37,8 @@ OPS = (
     "patch_merge",
     "cross_attention",
     "mrope_positions",
+    "merge_embeddings",
+    "pack_embeddings",
 )
 Letters = dict[str, Any]
 

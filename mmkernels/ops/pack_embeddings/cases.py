@@ -17,6 +17,7 @@ from mmkernels.ops.pack_embeddings.plan import plan_pack
 from mmkernels.testing.case import Case, Inputs, Invalid
 
 __all__ = ["magnitudes", "rounded_before"]
+ARGUMENTS = ("plan", "embed_weight", "features", "embed_scale", "padding_idx")
 FAMILIES = ("random", "one_id", "spread")
 
 
@@ -75,8 +76,7 @@ def make_inputs(
 
 
 def _arguments(inputs: Inputs) -> Inputs:
-    names = ("plan", "embed_weight", "features", "embed_scale", "padding_idx")
-    return {n: inputs[n] for n in names if n in inputs}
+    return {n: inputs[n] for n in ARGUMENTS}
 
 
 def run(inputs: Inputs) -> torch.Tensor:

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Absorbed cross-attention: sizes, mask addressing and the softmax of one row. Host; no torch.
 //
-// B batch, Q queries, n context tokens with latents (own: without), X context width, A heads, d head width. The A·Q
-// score rows of a sample are ordered head first: row = head·Q + query.
+// B batch, Q queries, n context tokens with latents (own: without; of a packed context both are the most), X context
+// width, A heads, d head width. The A·Q score rows of a sample are ordered head first: row = head·Q + query.
 #pragma once
 #include "../common/numeric.h"
 
@@ -11,8 +11,13 @@ namespace mmkernels::cross_attention {
 struct Shape {
   int64_t B, Q, n, own, X, A, d;
   bool shared;  // one query block for the whole batch
+  const int64_t* offsets;  // of a packed context's samples, [B + 1], or null
 
   int64_t rows() const { return A * Q; }
+  int64_t first_of(int64_t b) const { return offsets ? offsets[b] : b * own; }  // row of the context
+  int64_t own_of(int64_t b) const { return offsets ? offsets[b + 1] - offsets[b] : own; }
+  int64_t latents() const { return n - own; }
+  int64_t n_of(int64_t b) const { return own_of(b) + latents(); }
 };
 
 // A mask expanded to [B, A, Q, n]; strides in elements, 0 where it was broadcast.

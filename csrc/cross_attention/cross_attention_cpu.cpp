@@ -18,22 +18,40 @@ constexpr int64_t kTogetherBytes = 8 << 20;  // of q' or Z of the samples of one
 MMK_MULTIARCH float exp_row(float* scores, int64_t n, float* max) { return exp_row_body(scores, n, max); }
 double exp_row(double* scores, int64_t n, double* max) { return exp_row_body(scores, n, max); }
 
+// The offsets of a packed context as int64: from 0 on, never falling, at most `longest` apart, up to its last token.
+OptionalTensor offsets_of(const OptionalTensor& cu_seqlens, const Tensor& context, int64_t longest) {
+  if (!cu_seqlens) return std::nullopt;
+  if (cu_seqlens->dim() != 1 || cu_seqlens->numel() < 1 ||
+      (cu_seqlens->scalar_type() != ScalarType::Long && cu_seqlens->scalar_type() != ScalarType::Int))
+    fail("cross_attention: cu_seqlens must be int32 or int64 [B + 1]");
+  const Tensor found = torch::stable::contiguous(torch::stable::to(*cu_seqlens, ScalarType::Long));
+  const int64_t *at = data<int64_t>(found), B = found.numel() - 1;
+  for (int64_t b = 0; b < B; ++b)
+    if (at[b + 1] < at[b] || at[b + 1] - at[b] > longest)
+      fail("cross_attention: cu_seqlens must never fall nor grow by more than max_seqlen ", longest, ", got ", at[b],
+           " and ", at[b + 1], " at ", b);
+  if (at[0] != 0 || at[B] != context.size(0))
+    fail("cross_attention: cu_seqlens must go from 0 to ", context.size(0), ", got ", at[0], " and ", at[B]);
+  return found;
+}
+
 Shape shape_of(const Tensor& query, const Tensor& context, const OptionalTensor& latents, const Tensor& w_k,
-               const Tensor& w_v, int64_t A) {
+               const Tensor& w_v, int64_t A, const OptionalTensor& offsets, int64_t longest) {
   const bool shared = query.dim() == 2;
-  if (context.dim() != 3 || (query.dim() != 3 && !shared) || A < 1)
-    fail("cross_attention: query must be [B, Q, A·d] or [Q, A·d] and context [B, n, X]");
-  const int64_t width = query.size(query.dim() - 1), X = context.size(2);
+  if (context.dim() != (offsets ? 2 : 3) || (query.dim() != 3 && !shared) || A < 1)
+    fail("cross_attention: query must be [B, Q, A·d] or [Q, A·d] and context [B, n, X], or [T, X] with cu_seqlens");
+  const int64_t width = query.size(query.dim() - 1), X = context.size(context.dim() - 1);
+  const int64_t B = offsets ? offsets->numel() - 1 : context.size(0);
   const auto fits = [&](const Tensor& w) { return w.dim() == 2 && w.size(0) == width && w.size(1) == X; };
-  if (width % A || width == 0 || !fits(w_k) || !fits(w_v) || (!shared && query.size(0) != context.size(0)))
+  if (width % A || width == 0 || !fits(w_k) || !fits(w_v) || (!shared && query.size(0) != B))
     fail("cross_attention: weights must be [A·d, X] for query width ", width, ", context width ", X);
   for (const Tensor* t : {&context, &w_k, &w_v, latents ? &*latents : &context})
     if (t->scalar_type() != query.scalar_type())
       fail("cross_attention: query, context, latents and weights must share one dtype");
-  if (latents && (latents->dim() != 3 || latents->size(0) != context.size(0) || latents->size(2) != X))
-    fail("cross_attention: latents must be [", context.size(0), ", L, ", X, "]");
-  const int64_t own = context.size(1), n = own + (latents ? latents->size(1) : 0);
-  return {context.size(0), query.size(query.dim() - 2), n, own, X, A, width / A, shared};
+  if (latents && (latents->dim() != 3 || latents->size(0) != B || latents->size(2) != X))
+    fail("cross_attention: latents must be [", B, ", L, ", X, "]");
+  const int64_t own = offsets ? longest : context.size(1), n = own + (latents ? latents->size(1) : 0);
+  return {B, query.size(query.dim() - 2), n, own, X, A, width / A, shared, data<int64_t>(offsets)};
 }
 
 Mask mask_of(const OptionalTensor& mask, const Shape& s) {
@@ -91,14 +109,15 @@ struct Problem {
   Mask mask, dropout;
   F kept;            // what dropout multiplies the probabilities it keeps by
   ScalarType acc;
-  Tensor context, latents;  // [B, own, X] and, perhaps, [B, n - own, X], in their own dtype
+  Tensor context, latents;  // [B, own, X] or [T, X] and, perhaps, [B, n - own, X], in their own dtype
   Tensor w_k, w_v;   // [A·d, X]
   Tensor query;      // scaled, [B or 1, Q, A·d]
   int64_t heads;     // in a group
 
-  Problem(const Tensor& q, const Tensor& x, const OptionalTensor& more, const Tensor& key_weight, const Tensor& value_weight,
-          const OptionalTensor& m, const OptionalTensor& dropout_mask, int64_t A, double scale, double dropout_p)
-      : s(shape_of(q, x, more, key_weight, value_weight, A)),
+  Problem(const Shape& shape, const Tensor& q, const Tensor& x, const OptionalTensor& more, const Tensor& key_weight,
+          const Tensor& value_weight, const OptionalTensor& m, const OptionalTensor& dropout_mask, double scale,
+          double dropout_p)
+      : s(shape),
         mask(mask_of(m, s)),
         dropout(dropout_of(dropout_mask, s)),
         kept(static_cast<F>(1 / (1 - dropout_p))),
@@ -108,7 +127,7 @@ struct Problem {
         w_k(widened(key_weight, acc)),
         w_v(widened(value_weight, acc)),
         query(torch::stable::clone(widened(q, acc))),
-        heads(std::max<int64_t>(1, std::min(A, kGroupRows / std::max<int64_t>(1, s.Q)))) {
+        heads(std::max<int64_t>(1, std::min(s.A, kGroupRows / std::max<int64_t>(1, s.Q)))) {
     F* p = mutable_data<F>(query);
     for (int64_t i = 0; i < query.numel(); ++i) p[i] *= static_cast<F>(scale);
   }
@@ -152,27 +171,31 @@ struct Problem {
 
   // Context of sample b in F: in place, or widened into `scratch`, latents after it.
   const F* context_of(int64_t b, F* scratch) const {
-    const T* x = data<T>(context) + b * s.own * s.X;
+    const T* x = data<T>(context) + s.first_of(b) * s.X;
     if constexpr (std::is_same_v<T, F>)
       if (s.own == s.n) return x;
-    widen_row(scratch, x, s.own * s.X);
-    if (s.own < s.n) widen_row(scratch + s.own * s.X, data<T>(latents) + b * (s.n - s.own) * s.X, (s.n - s.own) * s.X);
+    const int64_t own = s.own_of(b) * s.X, more = s.latents() * s.X;
+    widen_row(scratch, x, own);
+    if (more) widen_row(scratch + own, data<T>(latents) + b * more, more);
     return scratch;
   }
   int64_t context_scratch() const { return std::is_same_v<T, F> && s.own == s.n ? 0 : s.n * s.X; }
 
   // Masked scores of the group's rows: scores [heads·Q, n] = q' · Xᵀ.
   void score(F* scores, const F* absorbed, const F* x, int64_t b, int64_t g) const {
-    const int64_t rows = heads_in(g) * s.Q;
-    mm_out(matrix(absorbed, rows, s.X), transposed(x, s.n, s.X), matrix(scores, rows, s.n));
+    const int64_t rows = heads_in(g) * s.Q, n = s.n_of(b);
+    mm_out(matrix(absorbed, rows, s.X), transposed(x, n, s.X), matrix(scores, rows, n));
     for (int64_t r = 0; mask.kind != Mask::kNone && r < rows; ++r)
-      mask.add_to(scores + r * s.n, mask.row(b, g * heads + r / s.Q, r % s.Q), s.n);
+      mask.add_to(scores + r * n, mask.row(b, g * heads + r / s.Q, r % s.Q), n);
   }
   // Row r of a group: probabilities, or their gradients, after dropout.
   void drop(F* row, int64_t b, int64_t g, int64_t r) const {
     if (dropout.kind == Mask::kNone) return;
-    const int64_t first = dropout.row(b, g * heads + r / s.Q, r % s.Q);
-    for (int64_t j = 0; j < s.n; ++j) row[j] = dropout.allows(first + j * dropout.stride_n) ? row[j] * kept : F(0);
+    const int64_t first = dropout.row(b, g * heads + r / s.Q, r % s.Q), own = s.own_of(b);
+    for (int64_t j = 0; j < s.n_of(b); ++j) {
+      const int64_t at = j < own ? j : j + s.own - own;  // latents come after the longest sample
+      row[j] = dropout.allows(first + at * dropout.stride_n) ? row[j] * kept : F(0);
+    }
   }
 };
 
@@ -219,15 +242,15 @@ void store_row(const Tensor& out, int64_t b, int64_t head, int64_t q, const F* r
 template <class T, class F>
 void attend(const Problem<T>& p, int64_t b, int64_t g, const F* q, F* z, F* lse, Scratch<F>& memory) {
   const Shape& s = p.s;
-  const int64_t count = p.heads_in(g) * s.Q;
+  const int64_t count = p.heads_in(g) * s.Q, n = s.n_of(b);
   F* scores = memory.at[1];
   const F* x = p.context_of(b, memory.at[0]);
   p.score(scores, q, x, b, g);
   for (int64_t r = 0; r < count; ++r) {
-    lse[r] = softmax_row(scores + r * s.n, s.n);
-    p.drop(scores + r * s.n, b, g, r);
+    lse[r] = softmax_row(scores + r * n, n);
+    p.drop(scores + r * n, b, g, r);
   }
-  mm_out(p.matrix(scores, count, s.n), p.matrix(x, s.n, s.X), p.matrix(z, count, s.X));
+  mm_out(p.matrix(scores, count, n), p.matrix(x, n, s.X), p.matrix(z, count, s.X));
 }
 
 template <class T>
@@ -299,14 +322,16 @@ void forward_together(const Problem<T>& p, const OptionalTensor& value_bias, con
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, const OptionalTensor& latents,
                                    const Tensor& w_k, const Tensor& w_v, const OptionalTensor& /*key_bias: cancels*/,
                                    const OptionalTensor& value_bias, const OptionalTensor& mask,
-                                   const OptionalTensor& dropout, int64_t num_heads, double scale, double dropout_p) {
-  const Shape s = shape_of(query, context, latents, w_k, w_v, num_heads);
+                                   const OptionalTensor& dropout, const OptionalTensor& cu_seqlens, int64_t longest,
+                                   int64_t num_heads, double scale, double dropout_p) {
+  const OptionalTensor offsets = offsets_of(cu_seqlens, context, longest);
+  const Shape s = shape_of(query, context, latents, w_k, w_v, num_heads, offsets, longest);
   Tensor out = empty(query, {s.B, s.Q, s.A * s.d});
   Tensor lse = empty(query, {s.B, s.A, s.Q}, accumulation(query));
   if (out.numel() == 0) return {out, lse};
   dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
     using T = pointee<decltype(tag)>;
-    const Problem<T> problem(query, context, latents, w_k, w_v, mask, dropout, num_heads, scale, dropout_p);
+    const Problem<T> problem(s, query, context, latents, w_k, w_v, mask, dropout, scale, dropout_p);
     const auto run = problem.few_queries(problem.together()) ? forward_together<T> : forward_groups<T>;
     run(problem, contiguous(value_bias), out, lse);
   });
@@ -401,9 +426,9 @@ class Backward {
   }
 
   void group(int64_t first_sample, int64_t i, int64_t g, Scratch<F>& memory) {
-    const int64_t b = first_sample + i, count = p_.heads_in(g) * s_.Q, first = g * p_.heads * s_.Q;
+    const int64_t b = first_sample + i, count = p_.heads_in(g) * s_.Q, first = g * p_.heads * s_.Q, n = s_.n_of(b);
     const F* x = p_.context_of(b, memory.at[0]);
-    F *p = memory.at[1], *ds = p + count * s_.n, *z = memory.at[2], *dq = z + count * s_.X;
+    F *p = memory.at[1], *ds = p + count * n, *z = memory.at[2], *dq = z + count * s_.X;
     F* dz = mutable_data<F>(dz_q_) + (i * 2 * R_ + first) * s_.X;  // kept for dX, with q' after all of them
     F* q = dz + R_ * s_.X;
     if (!p_.few_queries(chunk_)) {
@@ -411,23 +436,23 @@ class Backward {
       bmm_out(p_.heads_of(data<F>(grad_), b, g), p_.weight_of(p_.w_v, g), p_.by_head(dz, g, s_.X));
     }
     p_.score(p, q, x, b, g);
-    mm_out(p_.matrix(dz, count, s_.X), p_.transposed(x, s_.n, s_.X), p_.matrix(ds, count, s_.n));
+    mm_out(p_.matrix(dz, count, s_.X), p_.transposed(x, n, s_.X), p_.matrix(ds, count, n));
     for (int64_t r = 0; r < count; ++r) {
-      F *p_r = p + r * s_.n, *ds_r = ds + r * s_.n;
+      F *p_r = p + r * n, *ds_r = ds + r * n;
       // P anew from S, not from the saved lse: a rounded lse would put one relative error on the whole row.
-      softmax_row(p_r, s_.n);
+      softmax_row(p_r, n);
       p_.drop(ds_r, b, g, r);
-      score_gradient(p_r, ds_r, s_.n);
+      score_gradient(p_r, ds_r, n);
       p_.drop(p_r, b, g, r);
     }
-    if (needs_[6]) memcpy(mutable_data<F>(grads_[6]) + (b * R_ + first) * s_.n, ds, count * s_.n * sizeof(F));
+    if (needs_[6]) memcpy(mutable_data<F>(grads_[6]) + (b * R_ + first) * n, ds, count * n * sizeof(F));
     if (needs_[1] || needs_[2]) {
-      F* keep = mutable_data<F>(p_ds_) + (i * 2 * R_ + first) * s_.n;
-      memcpy(keep, p, count * s_.n * sizeof(F));
-      memcpy(keep + R_ * s_.n, ds, count * s_.n * sizeof(F));
+      F* keep = mutable_data<F>(p_ds_) + i * 2 * R_ * s_.n + first * n;
+      memcpy(keep, p, count * n * sizeof(F));
+      memcpy(keep + R_ * n, ds, count * n * sizeof(F));
     }
     if (!(needs_[0] || needs_[3] || needs_[4])) return;
-    mm_out(p_.matrix(p, 2 * count, s_.n), p_.matrix(x, s_.n, s_.X), p_.matrix(z, 2 * count, s_.X));
+    mm_out(p_.matrix(p, 2 * count, n), p_.matrix(x, n, s_.X), p_.matrix(z, 2 * count, s_.X));
     scatter_heads(z_, i, g, z, s_.X);
     scatter_heads(dq_, i, g, dq, s_.X);
     scatter_rows(grad_rows_, i, g, data<F>(grad_) + b * p_.block());
@@ -457,19 +482,21 @@ class Backward {
   }
 
   void store_context(int64_t b, const F* dx) const {
-    const int64_t own = s_.own * s_.X, more = (s_.n - s_.own) * s_.X;
-    if (needs_[1]) round_to<T>(grads_[1], b * own, dx, own, F(1));
+    const int64_t own = s_.own_of(b) * s_.X, more = s_.latents() * s_.X;
+    if (needs_[1]) round_to<T>(grads_[1], s_.first_of(b) * s_.X, dx, own, F(1));
     if (needs_[2]) round_to<T>(grads_[2], b * more, dx + own, more, F(1));
   }
   // dX = [P; dS]ᵀ · [dZ; q'], samples in parallel, or one sample by blocks of its rows.
   void context_gradient(int64_t first, int64_t i, F* dx) {
-    mm_out(p_.transposed(data<F>(p_ds_) + i * 2 * R_ * s_.n, 2 * R_, s_.n),
-           p_.matrix(data<F>(dz_q_) + i * 2 * R_ * s_.X, 2 * R_, s_.X), p_.matrix(dx, s_.n, s_.X));
+    const int64_t n = s_.n_of(first + i);
+    mm_out(p_.transposed(data<F>(p_ds_) + i * 2 * R_ * s_.n, 2 * R_, n),
+           p_.matrix(data<F>(dz_q_) + i * 2 * R_ * s_.X, 2 * R_, s_.X), p_.matrix(dx, n, s_.X));
     store_context(first + i, dx);
   }
   void context_gradient_of_one(int64_t b) {
-    const Tensor dx = empty(lse_, {s_.n, s_.X});
-    mm_blocked(p_ds_.data_ptr(), s_.n, 2 * R_, 1, s_.n, torch::stable::view(dz_q_, {chunk_ * 2 * R_, s_.X}), dx.data_ptr(), p_.acc,
+    const int64_t n = s_.n_of(b);
+    const Tensor dx = empty(lse_, {n, s_.X});
+    mm_blocked(p_ds_.data_ptr(), n, 2 * R_, 1, n, torch::stable::view(dz_q_, {chunk_ * 2 * R_, s_.X}), dx.data_ptr(), p_.acc,
                sizeof(F));
     store_context(b, data<F>(dx));
   }
@@ -530,21 +557,22 @@ class Backward {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& query, const Tensor& context, const OptionalTensor& latents, const Tensor& w_k,
     const Tensor& w_v, const OptionalTensor& /*value_bias*/, const OptionalTensor& mask, const OptionalTensor& dropout,
-    const Tensor& /*out*/, const Tensor& lse, int64_t num_heads, double scale, double dropout_p,
-    std::vector<bool> needs) {
-  const Shape s = shape_of(query, context, latents, w_k, w_v, num_heads);
+    const OptionalTensor& cu_seqlens, const Tensor& /*out*/, const Tensor& lse, int64_t longest, int64_t num_heads,
+    double scale, double dropout_p, std::vector<bool> needs) {
+  const OptionalTensor offsets = offsets_of(cu_seqlens, context, longest);
+  const Shape s = shape_of(query, context, latents, w_k, w_v, num_heads, offsets, longest);
   const auto zeros = [&](size_t i, Sizes sizes) {
     return torch::stable::new_zeros(query, needs[i] ? sizes : Sizes{0});
   };
   const Sizes weight = {s.A * s.d, s.X};
   const std::vector<Tensor> grads = {
-      zeros(0, s.shared ? Sizes{s.Q, s.A * s.d} : Sizes{s.B, s.Q, s.A * s.d}), zeros(1, {s.B, s.own, s.X}),
+      zeros(0, s.shared ? Sizes{s.Q, s.A * s.d} : Sizes{s.B, s.Q, s.A * s.d}), zeros(1, {context.sizes().begin(), context.sizes().end()}),
       zeros(2, {s.B, s.n - s.own, s.X}), zeros(3, weight), zeros(4, weight), zeros(5, {s.A * s.d}),
       torch::stable::new_zeros(lse, needs[6] ? Sizes{s.B, s.A, s.Q, s.n} : Sizes{0})};
   if (s.B * s.Q * s.n * s.X != 0)
     dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
       using T = pointee<decltype(tag)>;
-      const Problem<T> problem(query, context, latents, w_k, w_v, mask, dropout, num_heads, scale, dropout_p);
+      const Problem<T> problem(s, query, context, latents, w_k, w_v, mask, dropout, scale, dropout_p);
       Backward<T>(problem, grad, aligned(lse), scale, needs, grads).run();
     });
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6]};

@@ -200,10 +200,26 @@ def _cross_attention(
     }
     m = masks[mask]
     out, lse = cross_attention.cross_attention(
-        query, context, None, w_k, w_v, None, bias, m, None, A, 0.125, 0.0
+        query, context, None, w_k, w_v, None, bias, m, None, None, 0, A, 0.125, 0.0
     )
     cross_attention.cross_attention_backward(
-        out, query, context, None, w_k, w_v, bias, m, None, out, lse, A, 0.125, 0.0, [True] * 7
+        out,
+        query,
+        context,
+        None,
+        w_k,
+        w_v,
+        bias,
+        m,
+        None,
+        None,
+        out,
+        lse,
+        0,
+        A,
+        0.125,
+        0.0,
+        [True] * 7,
     )
 
 

@@ -98,7 +98,7 @@ def test_log_sum_exp_and_rows_without_keys(bias: bool) -> None:
     b_v = torch.randn(A * d, generator=g) if bias else None
     mask = (torch.rand(B, 1, Q, n, generator=g) > 0.3).expand(B, A, Q, n).clone()
     mask[0, 1, 2] = False
-    arguments = (query, context, None, w_k, w_v, None, b_v, mask, None, A, 0.1, 0.0)
+    arguments = (query, context, None, w_k, w_v, None, b_v, mask, None, None, 0, A, 0.1, 0.0)
     out, lse = cross_attention.cross_attention(*arguments)
     expected, expected_lse = reference.cross_attention(*arguments)
     assert lse[0, 1, 2] == -torch.inf and torch.equal(out[0, 2, d:], torch.zeros(d))

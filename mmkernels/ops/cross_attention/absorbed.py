@@ -19,19 +19,22 @@ def absorbed(
     A: int,
     scale: float,
     dropout_p: float,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int,
 ) -> torch.Tensor:
-    """As ``projected``."""
+    """As ``projected``; the context may be packed."""
     if position:
         scores = position_scores(query, position, weights[0], A, scale)
         mask = _add_scores(mask, scores, context)
     mask = over_latents(mask, latents)
-    n = context.shape[1] + (0 if latents is None else latents.shape[1])
     keep = None
     if dropout_p > 0:
-        keep = torch.rand(len(context), A, query.shape[-2], n, device=context.device) >= dropout_p
-    out: torch.Tensor = FORWARD(query, context, latents, *weights, mask, keep, A, scale, dropout_p)[
-        0
-    ]
+        B, n = context.shape[:2] if cu_seqlens is None else (len(cu_seqlens) - 1, max_seqlen)
+        n += 0 if latents is None else latents.shape[1]
+        keep = torch.rand(B, A, query.shape[-2], n, device=context.device) >= dropout_p
+    out: torch.Tensor = FORWARD(
+        query, context, latents, *weights, mask, keep, cu_seqlens, max_seqlen, A, scale, dropout_p
+    )[0]  # fmt: skip
     return out
 
 

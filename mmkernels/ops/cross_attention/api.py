@@ -4,7 +4,6 @@
 import functools
 
 import torch
-import torch.nn.functional as F
 
 from mmkernels import checks
 from mmkernels.ops.cross_attention import arguments
@@ -12,6 +11,7 @@ from mmkernels.ops.cross_attention.absorbed import absorbed
 from mmkernels.ops.cross_attention.arguments import OP, Position
 from mmkernels.ops.cross_attention.cost import absorbs
 from mmkernels.ops.cross_attention.projected import projected
+from mmkernels.ops.cross_attention.ragged import padded
 from mmkernels.ops.norm import Norm, check_norm
 from mmkernels.ops.patch_merge.api import normed
 
@@ -95,14 +95,16 @@ def cross_attention(
         checks.fail(OP, "dropout_p", dropout_p, "from 0 to below 1")
     if context_norm is not None:
         context = normed(context, context_norm)
-    mask = attention_mask
-    if cu_seqlens is not None:
-        context, mask = _padded(context, cu_seqlens, max_seqlen, attention_mask, key_position)
-    B, n, X = context.shape
+    if cu_seqlens is None:
+        (B, n, X), longest = context.shape, 0
+    else:
+        _check_packed(attention_mask, key_position)
+        n = longest = arguments.longest_of(cu_seqlens, max_seqlen, context.shape[0])
+        B, X = len(cu_seqlens) - 1, context.shape[1]
     if query.dim() == 3 and query.shape[0] != B:
         checks.fail(OP, "query", list(query.shape), f"[{B}, Q, A·d] for this context")
     Q = query.shape[-2]
-    mask = arguments.expanded_mask(mask, B, num_heads, Q, n, query.device)
+    mask = arguments.expanded_mask(attention_mask, B, num_heads, Q, n, query.device)
     arguments.check_latents(latents, B, context)
     position = arguments.position_of(key_position, n, context)
     if algorithm == "auto":
@@ -114,7 +116,13 @@ def cross_attention(
         dtype, device = arguments.dtype_of(query), query.device.type
         pays = key_norm is None and absorbs(rows, keys, d, X, dtype, device, training)
         algorithm = "absorbed" if pays else "projected"
-    run = absorbed if algorithm == "absorbed" else functools.partial(projected, key_norm=key_norm)
+    if algorithm == "absorbed":
+        run = functools.partial(absorbed, cu_seqlens=cu_seqlens, max_seqlen=longest)
+    else:
+        run = functools.partial(projected, key_norm=key_norm)
+        if cu_seqlens is not None:  # SDPA wants a batch
+            context, inside = padded(context, cu_seqlens, longest)
+            mask = inside.expand(B, num_heads, Q, n)
     out = run(
         arguments.grouped(query, num_heads, kv_heads), context, latents,
         (key_weight, value_weight, key_bias, value_bias), arguments.grouped_mask(mask, kv_heads), position,
@@ -123,19 +131,7 @@ def cross_attention(
     return arguments.ungrouped(out, num_heads, kv_heads)
 
 
-def _padded(
-    context: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int | None,
-    attention_mask: torch.Tensor | None,
-    key_position: Position | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``[B, n, X]`` and the mask of what is a token, of a packed context."""
+def _check_packed(attention_mask: torch.Tensor | None, key_position: Position | None) -> None:
     for name, value in (("attention_mask", attention_mask), ("key_position", key_position)):
         if value is not None:
             checks.fail(OP, name, "given", "None with cu_seqlens")
-    rows, inside = arguments.places_of(cu_seqlens, max_seqlen, context.shape[0])
-    if context.shape[0] == 0:  # a row to pad with; the gradient, of no rows, still has a path
-        context = F.pad(context, (0, 0, 0, 1))
-    padded = context.index_select(0, rows.flatten()).view(*rows.shape, context.shape[1])
-    return padded, inside

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of ``cross_attention``, checked and in one form: groups of query heads as more queries, a packed
-context as a padded one, masks expanded.
+"""Arguments of ``cross_attention``, checked and in one form: groups of query heads as more queries, masks
+expanded.
 
 Letters: B batch, Q queries, n context tokens, L latents, X context width, A heads (A_kv of keys), d head width.
 """
@@ -144,24 +144,19 @@ def grouped_mask(mask: torch.Tensor | None, kv_heads: int) -> torch.Tensor | Non
     return mask.unflatten(1, (kv_heads, -1)).flatten(2, 3)
 
 
-def places_of(
-    cu_seqlens: torch.Tensor, max_seqlen: int | None, total: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row ``[B, n]`` of each token of a padded batch and whether it is one, ``[B, 1, 1, n]``."""
+def longest_of(cu_seqlens: torch.Tensor, max_seqlen: int | None, total: int) -> int:
+    """Checks the offsets of a packed context; max_seqlen, read from them on CPU."""
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype not in _OFFSETS:
         got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         checks.fail(OP, "cu_seqlens", got, "int32 or int64 [B + 1]")
-    lengths = cu_seqlens.diff()
     if cu_seqlens.device.type == "cpu":
+        lengths = cu_seqlens.diff()
         _check_offsets(cu_seqlens, lengths, max_seqlen, total)
-        longest = int(lengths.max()) if len(lengths) else 0
-    elif max_seqlen is None:
+        if max_seqlen is None:
+            return int(lengths.max()) if len(lengths) else 0
+    if max_seqlen is None:
         checks.fail(OP, "max_seqlen", None, "given with cu_seqlens on a GPU: reading it would wait")
-    n = longest if max_seqlen is None else max_seqlen
-    at = torch.arange(n, device=cu_seqlens.device)
-    inside = at < lengths[:, None]
-    rows = torch.where(inside, cu_seqlens[:-1, None] + at, 0)
-    return rows, inside[:, None, None]
+    return max_seqlen
 
 
 _OFFSETS = (torch.int32, torch.int64)

@@ -14,6 +14,9 @@ import math
 import torch
 import torch.nn.functional as F
 
+from mmkernels.ops.cross_attention.arguments import over_latents
+from mmkernels.ops.cross_attention.ragged import packed, padded
+
 
 def cross_attention(
     query: torch.Tensor,
@@ -25,6 +28,8 @@ def cross_attention(
     value_bias: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     dropout_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int,
     num_heads: int,
     scale: float,
     dropout_p: float,
@@ -33,8 +38,12 @@ def cross_attention(
 
     ``query`` is ``[B, Q, A·d]`` or ``[Q, A·d]`` shared by the batch; ``attention_mask`` broadcasts to
     ``[B, A, Q, n]``, bool (True = attend) or added to the scores; ``dropout_mask`` is that shape, True = kept.
-    ``latents`` [B, L, X] are more context: n counts them, after the others.
+    ``latents`` [B, L, X] are more context: n counts them, after the others. With ``cu_seqlens`` [B + 1] the context is
+    packed, [T, X], without mask; n is ``max_seqlen`` then, to which samples are padded.
     """
+    if cu_seqlens is not None:
+        context, inside = padded(context, cu_seqlens, max_seqlen)
+        attention_mask = over_latents(inside, latents)
     if latents is not None:
         context = torch.cat([context, latents], 1)
     key = _heads(F.linear(context, key_weight), num_heads)  # b_k adds a constant to each score row
@@ -84,8 +93,10 @@ def cross_attention_backward(
     value_bias: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     dropout_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    max_seqlen: int,
     num_heads: int,
     scale: float,
     dropout_p: float,
@@ -97,6 +108,10 @@ def cross_attention_backward(
     Everything is recomputed in at least fp32 and rounded once at the end.
     """
     dtype, acc = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    total = context.shape[0]
+    if cu_seqlens is not None:
+        context, inside = padded(context, cu_seqlens, max_seqlen)
+        attention_mask = over_latents(inside, latents)
     own = context.shape[1]
     if latents is not None:
         context = torch.cat([context, latents], 1)
@@ -119,9 +134,10 @@ def cross_attention_backward(
     d_value = (kept.transpose(-1, -2) @ d_out).transpose(1, 2).flatten(2)
     if query.dim() == 2:
         d_query = d_query.sum(0)
+    as_given = lambda d: d if cu_seqlens is None else packed(d, cu_seqlens, total)
     grads = (
         lambda: d_query,
-        lambda: (d_key @ w_k + d_value @ w_v)[:, :own],
+        lambda: as_given((d_key @ w_k + d_value @ w_v)[:, :own]),
         lambda: (d_key @ w_k + d_value @ w_v)[:, own:],
         lambda: d_key.flatten(0, 1).t() @ x.flatten(0, 1),
         lambda: d_value.flatten(0, 1).t() @ x.flatten(0, 1),

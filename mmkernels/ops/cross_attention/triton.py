@@ -16,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from mmkernels.ops.cross_attention.arguments import over_latents
+from mmkernels.ops.cross_attention.ragged import packed, padded
+
 _GROUP_BYTES = 40 * 2**20  # of an H200's 50 MB L2
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -343,11 +346,17 @@ def cross_attention(
     value_bias: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     dropout_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int,
     num_heads: int,
     scale: float,
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``reference.cross_attention``; ``key_bias`` cancels in the softmax and is not read."""
+    if cu_seqlens is not None:
+        context, attention_mask = _padded(
+            query, context, latents, cu_seqlens, max_seqlen, num_heads
+        )
     if latents is not None:
         context = torch.cat([context, latents], 1)
     (B, n, X), A, dtype = context.shape, num_heads, query.dtype
@@ -371,6 +380,21 @@ def cross_attention(
             lse=lse[samples],
         )  # fmt: skip
     return out, lse
+
+
+def _padded(
+    query: torch.Tensor,
+    context: torch.Tensor,
+    latents: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    A: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """These kernels take a batch: ``[B, n, X]`` and its mask, ``[B, A, Q, n]`` with latents."""
+    dense, inside = padded(context, cu_seqlens, max_seqlen)
+    mask = over_latents(inside, latents)
+    assert mask is not None
+    return dense, mask.expand(len(dense), A, query.shape[-2], mask.shape[-1])
 
 
 def _keep(dropout_mask: torch.Tensor | None, samples: slice) -> torch.Tensor | None:
@@ -423,14 +447,21 @@ def cross_attention_backward(
     value_bias: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     dropout_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    max_seqlen: int,
     num_heads: int,
     scale: float,
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[torch.Tensor, ...]:
     """As ``reference.cross_attention_backward``; K, V and their gradients are never formed."""
+    total = context.shape[0]
+    if cu_seqlens is not None:
+        context, attention_mask = _padded(
+            query, context, latents, cu_seqlens, max_seqlen, num_heads
+        )
     own = context.shape[1]
     if latents is not None:
         context = torch.cat([context, latents], 1)
@@ -478,6 +509,8 @@ def cross_attention_backward(
     d_latents = d_context[:, own:].contiguous()
     if latents is not None:
         d_context = d_context[:, :own].contiguous()
+    if cu_seqlens is not None:
+        d_context = packed(d_context, cu_seqlens, total)
     grads = (d_query, d_context, d_latents, d_w_k.flatten(0, 1), d_w_v.flatten(0, 1))
     d_bias = _grad_bias(grad, lse, A) if needs[5] else empty
     found = [

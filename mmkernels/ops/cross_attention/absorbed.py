@@ -49,9 +49,10 @@ def position_scores(
     assert key_weight is not None
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        q = query.to(wide).unflatten(-1, (A, -1)).transpose(-2, -3) * scale
-        weight = key_weight.to(wide)  # once: its gradient then rounds once
-        tables = [F.linear(p.to(wide), weight) for p in position]
+        # Contiguous, so that torch's GEMM sums alike whatever the strides.
+        q = query.to(wide).contiguous().unflatten(-1, (A, -1)).transpose(-2, -3) * scale
+        weight = key_weight.to(wide).contiguous()  # once: its gradient then rounds once
+        tables = [F.linear(p.to(wide).contiguous(), weight) for p in position]
         scores = [q @ t.unflatten(-1, (A, -1)).permute(1, 2, 0) for t in tables]
     if len(scores) == 2:
         rows, columns = scores

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of ``cross_attention``, checked and in one form: groups of query heads as more queries, masks
-expanded.
+"""Arguments of ``cross_attention``, checked and in one form: groups of query heads as more queries, masks expanded.
 
 Letters: B batch, Q queries, n context tokens, L latents, X context width, A heads (A_kv of keys), d head width.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel of ``mrope_positions`` against transformers: families, paddings, packed samples, blocks of tokens."""
+"""The Triton kernel of ``mrope_positions`` against transformers: families, paddings, packed samples, blocks."""
 
 import random
 import sys

@@ -3,6 +3,7 @@
 
 import random
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 pytest.importorskip("transformers")
 from mrope_families import (
-    CLASSES,
+    CLASSES as EVERY,
+)  # fmt: skip
+from mrope_families import (
     Batch,
     draw,
     draw_one,
@@ -22,7 +25,7 @@ from mrope_families import (
     padded,
     row_of,
     theirs,
-)  # fmt: skip
+)
 
 from mmkernels import backends, mrope_positions
 from mmkernels.ops.mrope_positions import FAMILIES, Family, family_of
@@ -30,6 +33,9 @@ from mmkernels.ops.mrope_positions.families import CANVAS, INDEX, RUNS, SPANS, U
 from mmkernels.testing import which_kernel_ran
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+CLASSES = {
+    n: c for n, c in EVERY.items() if find_spec(f"transformers.models.{n.removesuffix('_talker')}")
+}
 BY_TYPE = [name for name in CLASSES if row_of(name).scan == RUNS]
 
 
@@ -204,6 +210,26 @@ def test_same_for_any_number_of_threads(name: str) -> None:
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
         assert_equal(ours(name, tokens, batch), expected, threads)
+
+
+@pytest.mark.parametrize("how", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("seconds", "message"),
+    [
+        ([1.0], "second_per_grid_ts must be 2 numbers, one a video, got 1"),
+        ([1.0, float("nan")], "second_per_grid_ts must be finite numbers, got nan"),
+        ([1.0, 1e30], "second_per_grid_ts must be finite numbers, got"),
+    ],
+)
+def test_seconds_are_checked(seconds: list[float], message: str, how: str) -> None:
+    ids = torch.randint(3, 9, (1, 9))
+    types = torch.tensor([[0, 2, 2, 0, 2, 2, 2, 2, 0]])
+    grid = torch.tensor([[2, 2, 2], [1, 4, 4]])
+    with backends.backend(how), pytest.raises(ValueError, match=f"mrope_positions: {message}"):
+        mrope_positions(
+            ids, types, video_grid_thw=grid, second_per_grid_ts=seconds, family="qwen2_5_vl"
+        )
+    mrope_positions(ids, types, video_grid_thw=grid, second_per_grid_ts=[1, 2], family="qwen2_5_vl")
 
 
 @pytest.mark.parametrize("how", ["auto", "reference"])

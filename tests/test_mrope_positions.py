@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 pytest.importorskip("transformers")
 from mrope_families import (
@@ -240,6 +241,27 @@ def test_a_sample_of_padding_alone(how: str) -> None:
         )
     assert torch.equal(positions[0], torch.tensor([[0, 1, 2, 3, 4], [0] * 5, [0, 0, 0, 1, 2]]))
     assert deltas.flatten().tolist() == [0, 0, 0]
+
+
+def test_canvas_needs_the_token_ids_of_its_config() -> None:
+    ids = torch.randint(3, 9, (1, 5))
+    with pytest.raises(ValueError, match=r"mrope_positions: family must be family_of\(config\)"):
+        mrope_positions(ids, torch.zeros_like(ids), family="minicpmv4_7")
+    with pytest.raises(ValueError, match="mrope_positions: mm_token_type_ids must be a tensor"):
+        mrope_positions(ids, family=row_of("minicpmv4_7")._replace(image_token_id=-1))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_omni_moe"])
+def test_one_graph_for_packed_samples_of_any_length(name: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mrope_positions, fullgraph=True, dynamic=True, backend=counter)
+    rng = random.Random(name)
+    whole = [joined([draw_one(rng, name) for _ in range(k)]) for k in (4, 7, 9)]
+    for batch in whole:
+        given = {**packed(batch), **media(batch), "family": batch.row}
+        assert_equal(compiled(**given), mrope_positions(**given))
+    assert counter.frame_count <= 3  # the first, and once more for what varies
 
 
 def test_rows_of_other_scans_are_refused_by_the_kernel() -> None:

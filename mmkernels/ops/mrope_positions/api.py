@@ -71,6 +71,14 @@ def mrope_positions(
         checks.fail(OP, "spatial_merge_size", row.spatial_merge_size, "at least 1")
     _check_tokens(input_ids, mm_token_type_ids, attention_mask, cu_seqlens)
     by_type = row.scan in (RUNS, CANVAS)  # the others go by token ids alone
+    if row.scan == CANVAS and max(row.start_id, row.slice_start_id) < 0:
+        checks.fail(
+            OP, "family", "a row without them", "family_of(config), with the config's token ids"
+        )
+    if by_type and mm_token_type_ids is None and row.image_token_id < 0:
+        checks.fail(
+            OP, "mm_token_type_ids", None, "a tensor where the family has no image_token_id"
+        )
     media = (
         _grid("image_grid_thw", image_grid_thw, row), _grid("video_grid_thw", video_grid_thw, row),
         _seconds(second_per_grid_ts, row), _counts("audio_seqlens", audio_seqlens),

@@ -3,15 +3,19 @@
 
 import random
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 pytest.importorskip("transformers")
 from mrope_families import (
-    CLASSES,
+    CLASSES as EVERY,
+)  # fmt: skip
+from mrope_families import (
     Batch,
     draw,
     draw_one,
@@ -22,7 +26,7 @@ from mrope_families import (
     padded,
     row_of,
     theirs,
-)  # fmt: skip
+)
 
 from mmkernels import backends, mrope_positions
 from mmkernels.ops.mrope_positions import FAMILIES, Family, family_of
@@ -30,6 +34,9 @@ from mmkernels.ops.mrope_positions.families import CANVAS, INDEX, RUNS, SPANS, U
 from mmkernels.testing import which_kernel_ran
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+CLASSES = {
+    n: c for n, c in EVERY.items() if find_spec(f"transformers.models.{n.removesuffix('_talker')}")
+}
 BY_TYPE = [name for name in CLASSES if row_of(name).scan == RUNS]
 
 
@@ -176,18 +183,16 @@ def test_dtypes_of_mask_and_types_change_nothing(kind: torch.dtype) -> None:
 def test_seconds_round_as_they_came(make: Any, how: str) -> None:
     """Lists of Python numbers, float32 and float64 multiply differently in transformers, too."""
     rng = random.Random(3)
-    for _ in range(20):
-        batch = draw(rng, "qwen2_5_vl")
-        batch.seconds = [
-            rng.choice((0.1, 1 / 3, 0.7, 1.3)) * rng.randint(1, 40) for _ in batch.seconds
-        ]
-        tokens, given = padded(rng, batch, "left"), media(batch)
-        if not batch.seconds:
-            continue
-        given["second_per_grid_ts"] = make(batch.seconds)
+    ids = torch.zeros(1, 122, dtype=torch.int64)
+    types = torch.tensor([[0, *[2] * 60, 0, *[2] * 60]])
+    grid = torch.tensor([[60, 2, 2]] * 2)
+    for _ in range(40):  # products beside whole numbers
+        seconds = make([rng.randint(1, 400) / (4 * rng.randint(1, 60)) for _ in range(2)])
+        given = {"video_grid_thw": grid, "second_per_grid_ts": seconds}
         with backends.backend(how):
-            got = mrope_positions(**tokens, **given, family="qwen2_5_vl")
-        assert_equal(got, model_of("qwen2_5_vl").get_rope_index(**tokens, **given))
+            got = mrope_positions(ids, types, family="qwen2_5_vl", **given)
+        expected = model_of("qwen2_5_vl").get_rope_index(ids, types, **given)
+        assert_equal(got, expected, seconds)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -207,6 +212,26 @@ def test_same_for_any_number_of_threads(name: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["auto", "reference"])
+@pytest.mark.parametrize(
+    ("seconds", "message"),
+    [
+        ([1.0], "second_per_grid_ts must be 2 numbers, one a video, got 1"),
+        ([1.0, float("nan")], "second_per_grid_ts must be finite numbers, got nan"),
+        ([1.0, 1e30], "second_per_grid_ts must be finite numbers, got"),
+    ],
+)
+def test_seconds_are_checked(seconds: list[float], message: str, how: str) -> None:
+    ids = torch.randint(3, 9, (1, 9))
+    types = torch.tensor([[0, 2, 2, 0, 2, 2, 2, 2, 0]])
+    grid = torch.tensor([[2, 2, 2], [1, 4, 4]])
+    with backends.backend(how), pytest.raises(ValueError, match=f"mrope_positions: {message}"):
+        mrope_positions(
+            ids, types, video_grid_thw=grid, second_per_grid_ts=seconds, family="qwen2_5_vl"
+        )
+    mrope_positions(ids, types, video_grid_thw=grid, second_per_grid_ts=[1, 2], family="qwen2_5_vl")
+
+
+@pytest.mark.parametrize("how", ["auto", "reference"])
 def test_a_sample_of_padding_alone(how: str) -> None:
     ids = torch.randint(3, 9, (3, 5))
     mask = torch.tensor([[1] * 5, [0] * 5, [0, 0, 1, 1, 1]])
@@ -216,6 +241,27 @@ def test_a_sample_of_padding_alone(how: str) -> None:
         )
     assert torch.equal(positions[0], torch.tensor([[0, 1, 2, 3, 4], [0] * 5, [0, 0, 0, 1, 2]]))
     assert deltas.flatten().tolist() == [0, 0, 0]
+
+
+def test_canvas_needs_the_token_ids_of_its_config() -> None:
+    ids = torch.randint(3, 9, (1, 5))
+    with pytest.raises(ValueError, match=r"mrope_positions: family must be family_of\(config\)"):
+        mrope_positions(ids, torch.zeros_like(ids), family="minicpmv4_7")
+    with pytest.raises(ValueError, match="mrope_positions: mm_token_type_ids must be a tensor"):
+        mrope_positions(ids, family=row_of("minicpmv4_7")._replace(image_token_id=-1))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_omni_moe"])
+def test_one_graph_for_packed_samples_of_any_length(name: str) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(mrope_positions, fullgraph=True, dynamic=True, backend=counter)
+    rng = random.Random(name)
+    whole = [joined([draw_one(rng, name) for _ in range(k)]) for k in (4, 7, 9)]
+    for batch in whole:
+        given = {**packed(batch), **media(batch), "family": batch.row}
+        assert_equal(compiled(**given), mrope_positions(**given))
+    assert counter.frame_count <= 3  # the first, and once more for what varies
 
 
 def test_rows_of_other_scans_are_refused_by_the_kernel() -> None:

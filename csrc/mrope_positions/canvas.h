@@ -19,7 +19,7 @@ class Canvas {
       const int64_t start = frame.thumb.first - 1;
       if (start > done) {
         laid_.pieces.push_back(text_piece(done, start - done, at));
-        at += static_cast<T>(start - done + (frame.begins ? 0 : 1));  // within a group, one step more
+        at += static_cast<T>(start - done);
       }
       done = frame.end;
       at += lay_frame(frame, at);
@@ -32,28 +32,20 @@ class Canvas {
   struct Frame {
     Run thumb;
     std::vector<Run> slices;
-    bool begins;       // a group of frames with nothing but markers between them
-    int64_t end = 0;   // behind the markers that follow
+    int64_t end = 0;  // behind the markers that follow
   };
 
-  bool markers(int64_t first, int64_t end) const {
-    for (; first < end; ++first)
-      if (!rule_.is_marker(sample_.ids[first])) return false;
-    return true;
-  }
   void find_frames() {
-    int64_t done = 0;
     for (const Run& run : sample_.runs) {
       if (run.kind == kText) continue;
       if (run.first == 0) refuse(sample_.name(), "a start token before an image", "an image token first");
       if (!frames_.empty() && sample_.ids[run.first - 1] == rule_.slice_start_id) {
         frames_.back().slices.push_back(run);
       } else {
-        frames_.push_back({run, {}, frames_.empty() || !markers(done, run.first - 1)});
+        frames_.push_back({run, {}});
       }
-      done = run.first + run.count;
       int64_t& end = frames_.back().end;
-      for (end = done; end < sample_.count && rule_.is_marker(sample_.ids[end]);) ++end;
+      for (end = run.first + run.count; end < sample_.count && rule_.is_marker(sample_.ids[end]);) ++end;
     }
   }
 
@@ -80,7 +72,7 @@ class Canvas {
 
   // Lays the frame's tokens; returns how far text goes on.
   T lay_frame(const Frame& frame, T at) {
-    const auto& [thumb, slices, begins, end] = frame;
+    const auto& [thumb, slices, end] = frame;
     const int64_t n = static_cast<int64_t>(slices.size()), columns = columns_of(slices);
     const Picture whole = media_.next(thumb.kind, sample_, thumb.count);
     std::vector<Picture> crops;

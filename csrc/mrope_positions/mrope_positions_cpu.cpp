@@ -108,7 +108,9 @@ Sample read_sample(const Call& call, int64_t b) {
   if (call.rule.scan == kSpans || call.rule.scan == kUnits) return sample;
   if (call.types) {
     with_integers("mm_token_type_ids", *call.types, [&](const auto* p) {
-      find_runs(sample, [&](int64_t i) { return static_cast<int64_t>(p[sample.place(i)]); });
+      const auto* here = p + sample.first;
+      if (sample.places.empty()) find_runs(sample, [&](int64_t i) { return static_cast<int64_t>(here[i]); });
+      else find_runs(sample, [&](int64_t i) { return static_cast<int64_t>(p[sample.places[i]]); });
     });
   } else {
     TypeOf type{call.rule};

@@ -22,12 +22,15 @@ struct TypeOf {
   }
 };
 
+// `type` is asked once for each token, in order.
 template <class Type>
 void find_runs(Sample& sample, Type&& type) {
-  for (int64_t i = 0; i < sample.count; ++i) {
-    const int64_t kind = type(i);
-    if (sample.runs.empty() || sample.runs.back().kind != kind) sample.runs.push_back({kind, i, 0});
-    ++sample.runs.back().count;
+  int64_t kind = sample.count ? type(0) : kText;
+  for (int64_t first = 0, i = 0; first < sample.count; first = i) {
+    int64_t next = kind;
+    for (i = first + 1; i < sample.count && (next = type(i)) == kind;) ++i;
+    sample.runs.push_back({kind, first, i - first});
+    kind = next;
   }
 }
 

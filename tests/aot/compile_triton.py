@@ -24,6 +24,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from mmkernels.ops.cross_attention import triton as cross_attention
+from mmkernels.ops.mrope_positions import FAMILIES
+from mmkernels.ops.mrope_positions import triton as mrope_positions
 from mmkernels.ops.patch_embed import triton as patch_embed
 from mmkernels.ops.patch_merge import triton as patch_merge
 
@@ -244,6 +246,18 @@ def _patch_merge(
     patch_merge.patch_merge_backward(out, *arguments, [True] * 3)
 
 
+def _mrope_positions(family: str, seconds: bool = False, packed: bool = False) -> None:
+    tokens = (1, 30976) if packed else (4, 7744)
+    ids, types, mask = (_meta(*tokens, dtype=torch.int64) for _ in range(3))
+    ends = _meta(9, dtype=torch.int32) if packed else None
+    grids = [_meta(n, 3, dtype=torch.int64) for n in (64, 8)]
+    interval = _meta(8, dtype=torch.float32) if seconds else None
+    mrope_positions.mrope_positions(
+        ids, types, None if packed else mask, ends, *grids, interval, None, None,
+        list(FAMILIES[family]),
+    )  # fmt: skip
+
+
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -272,6 +286,12 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "blip2_padded": lambda t: _cross_attention(t, 16, 32, 257, 1408, 12, 64, mask="bool"),
     "siglip_map_head": lambda t: _cross_attention(t, 16, 1, 729, 1152, 16, 72, shared=True),
     "granite_window": lambda t: _cross_attention(t, 256, 3, 15, 1024, 16, 64, mask="additive"),
+    "mrope_qwen2_vl": lambda _: _mrope_positions("qwen2_vl"),
+    "mrope_qwen2_5_vl": lambda _: _mrope_positions("qwen2_5_vl", seconds=True),
+    "mrope_qwen3_vl": lambda _: _mrope_positions("qwen3_vl"),
+    "mrope_hy_v4_vl": lambda _: _mrope_positions("hy_v4_vl"),
+    "mrope_ernie4_5_vl": lambda _: _mrope_positions("ernie4_5_vl_moe"),
+    "mrope_packed": lambda _: _mrope_positions("qwen3_vl", packed=True),
     "merge_qwen2_vl": lambda t: _patch_merge(t, 16384, 1280, 4, "layer", False, gathered=False),
     "merge_internvl": lambda t: _patch_merge(t, 8192, 1024, 4, "layer", True, gathered=True),
     "merge_mistral3": lambda t: _patch_merge(

@@ -64,41 +64,54 @@ def mrope_positions(
 
     Source: ``get_rope_index`` of transformers 5.24, 23 of them.
     """
-    row = family_named(family)
-    given = {"image_token_id": image_token_id, "video_token_id": video_token_id}
-    given["spatial_merge_size"] = spatial_merge_size
-    row = row._replace(**{k: v for k, v in given.items() if v is not None})
-    _check_tokens(input_ids, mm_token_type_ids, attention_mask, cu_seqlens)
+    changed = {"image_token_id": image_token_id, "video_token_id": video_token_id}
+    changed["spatial_merge_size"] = spatial_merge_size
+    row = family_named(family)._replace(**{k: v for k, v in changed.items() if v is not None})
     if row.spatial_merge_size < 1:
         checks.fail(OP, "spatial_merge_size", row.spatial_merge_size, "at least 1")
-    image_grid = _grid("image_grid_thw", image_grid_thw, row)
-    video_grid = _grid("video_grid_thw", video_grid_thw, row)
-    seconds = _seconds(second_per_grid_ts, row)
-    types = mm_token_type_ids if row.scan in (RUNS, CANVAS) else None  # others go by ids alone
-    if types is not None and types.dtype not in (*_INTEGERS, torch.uint8):
-        types = types.long()
-    if attention_mask is not None and attention_mask.dtype not in (
-        *_INTEGERS,
-        torch.uint8,
-        torch.bool,
-    ):
-        attention_mask = attention_mask != 0
-    for name, counts in (
-        ("audio_seqlens", audio_seqlens),
-        ("images_per_sample", images_per_sample),
-    ):
-        if counts is not None and (counts.dim() != 1 or counts.dtype not in _INTEGERS):
-            checks.fail(OP, name, _told(counts), "int64 or int32, one number each")
+    _check_tokens(input_ids, mm_token_type_ids, attention_mask, cu_seqlens)
+    by_type = row.scan in (RUNS, CANVAS)  # the others go by token ids alone
+    if row.scan == CANVAS and max(row.start_id, row.slice_start_id) < 0:
+        checks.fail(
+            OP, "family", "a row without them", "family_of(config), with the config's token ids"
+        )
+    if by_type and mm_token_type_ids is None and row.image_token_id < 0:
+        checks.fail(
+            OP, "mm_token_type_ids", None, "a tensor where the family has no image_token_id"
+        )
+    media = (
+        _grid("image_grid_thw", image_grid_thw, row), _grid("video_grid_thw", video_grid_thw, row),
+        _seconds(second_per_grid_ts, row), _counts("audio_seqlens", audio_seqlens),
+        _counts("images_per_sample", images_per_sample),
+    )  # fmt: skip
     try:
-        positions, deltas = FORWARD(
-            input_ids, types, attention_mask, cu_seqlens, image_grid, video_grid, seconds,
-            audio_seqlens, images_per_sample, list(row),
+        found: tuple[torch.Tensor, torch.Tensor] = FORWARD(
+            input_ids, _integers(mm_token_type_ids) if by_type else None, _integers(attention_mask),
+            _on(input_ids, cu_seqlens), *(_on(input_ids, t) for t in media), list(row),
         )  # fmt: skip
     except RuntimeError as error:  # the stable ABI can only throw RuntimeError
         if str(error).startswith(OP):
             raise ValueError(str(error).splitlines()[0]) from None
         raise
-    return positions, deltas
+    return found
+
+
+def _on(tokens: torch.Tensor, tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Grids and numbers may come from a processor's CPU tensors."""
+    return None if tensor is None else tensor.to(tokens.device)
+
+
+def _integers(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """In a dtype the kernels read; of a mask of floats, where it is not 0."""
+    if tensor is None or tensor.dtype in (*_INTEGERS, torch.uint8, torch.bool):
+        return tensor
+    return tensor != 0 if tensor.is_floating_point() else tensor.long()
+
+
+def _counts(name: str, counts: torch.Tensor | None) -> torch.Tensor | None:
+    if counts is not None and (counts.dim() != 1 or counts.dtype not in _INTEGERS):
+        checks.fail(OP, name, _told(counts), "int64 or int32, one number each")
+    return counts
 
 
 def _told(tensor: torch.Tensor) -> str:
@@ -115,18 +128,17 @@ def _check_tokens(
         raise TypeError(f"{OP}: input_ids must be int64 or int32, got {input_ids.dtype}")
     if input_ids.dim() not in (1, 2):
         checks.fail(OP, "input_ids", list(input_ids.shape), "[B, L] or [T]")
-    if mm_token_type_ids is not None:
-        if mm_token_type_ids.is_floating_point():
-            raise TypeError(
-                f"{OP}: mm_token_type_ids must be integers, got {mm_token_type_ids.dtype}"
-            )
-        checks.shape(
-            OP, "mm_token_type_ids", mm_token_type_ids, tuple(input_ids.shape), "that of input_ids"
-        )
-    if attention_mask is not None:
-        checks.shape(
-            OP, "attention_mask", attention_mask, tuple(input_ids.shape), "that of input_ids"
-        )
+    for name, tensor in (
+        ("mm_token_type_ids", mm_token_type_ids),
+        ("attention_mask", attention_mask),
+    ):
+        if tensor is None:
+            continue
+        checks.shape(OP, name, tensor, tuple(input_ids.shape), "that of input_ids")
+        if tensor.device != input_ids.device:
+            checks.fail(OP, name, tensor.device, f"on the device of input_ids, {input_ids.device}")
+    if mm_token_type_ids is not None and mm_token_type_ids.is_floating_point():
+        raise TypeError(f"{OP}: mm_token_type_ids must be integers, got {mm_token_type_ids.dtype}")
     if cu_seqlens is None:
         return
     if attention_mask is not None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Positions of MiniCPM-V 4.7: a thumbnail and its slices lie on one canvas, their markers at its corners.
 
-Frames with nothing but markers between them are a group. A crop is a run of equal token types; after a slice's start
-token it is a slice of the frame before it, else the thumbnail of a new frame.
+A crop is a run of equal token types; after a slice's start token it is a slice of the frame before it, else the
+thumbnail of a new frame. (transformers also groups frames with only markers between them, and adds a step where text is
+between two of a group: there is none, as a frame ends behind all markers that follow it.)
 """
 
 import itertools
@@ -20,12 +21,11 @@ Span = tuple[int, int]
 
 
 class Frame(NamedTuple):
-    """A thumbnail, the slices that tile it, and whether it begins a group."""
+    """A thumbnail and the slices that tile it."""
 
     kind: int
     thumb: Span
     slices: list[Span]
-    begins: bool
 
 
 def canvas(sample: Sample, media: Media, rule: Family) -> Iterator[torch.Tensor]:
@@ -37,20 +37,16 @@ def canvas(sample: Sample, media: Media, rule: Family) -> Iterator[torch.Tensor]
         start = frame.thumb[0] - 1
         if start > done:
             positions[:, done:start] = ramp(at, start - done)
-            at += start - done + (not frame.begins)  # within a group, one step more
+            at += start - done
         done = _end(frame, sample, rule)
         at += _paint(positions, frame, done, at, sample, media)
     positions[:, done:] = ramp(at, n - done)
     yield positions
 
 
-def _markers(rule: Family) -> set[int]:
-    return {rule.slice_start_id, rule.slice_end_id, rule.start_id, rule.end_id, rule.newline_id}
-
-
 def _frames(sample: Sample, rule: Family) -> list[Frame]:
     found: list[Frame] = []
-    done = first = 0
+    first = 0
     for kind, run in itertools.groupby(sample.types):
         start, first = first, first + len(list(run))
         if kind == TEXT:
@@ -60,16 +56,15 @@ def _frames(sample: Sample, rule: Family) -> list[Frame]:
         if found and sample.ids[start - 1] == rule.slice_start_id:
             found[-1].slices.append((start, first))
         else:
-            apart = not found or not _markers(rule).issuperset(sample.ids[done : start - 1])
-            found.append(Frame(kind, (start, first), [], apart))
-        done = first
+            found.append(Frame(kind, (start, first), []))
     return found
 
 
 def _end(frame: Frame, sample: Sample, rule: Family) -> int:
     """Behind the markers that follow the frame."""
+    markers = (rule.slice_start_id, rule.slice_end_id, rule.start_id, rule.end_id, rule.newline_id)
     end = (frame.slices or [frame.thumb])[-1][1]
-    while end < len(sample.ids) and sample.ids[end] in _markers(rule):
+    while end < len(sample.ids) and sample.ids[end] in markers:
         end += 1
     return end
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The families of M-RoPE as rows of numbers: all a kernel knows about a model.
 
-Keys are transformers' ``model_type``; defaults of token ids and rates are those of its configs (5.24). A checkpoint with
+Keys are transformers' ``model_type``; token ids and rates are the defaults of its configs (5.24). A checkpoint with
 others: ``family_of(model.config)``, or ``FAMILIES["qwen2_5_vl"]._replace(rate=2)``.
 """
 
@@ -19,8 +19,8 @@ class Family(NamedTuple):
 
     ``scan``: RUNS of equal token types; SPANS between two token ids; UNITS of a start token, its content and an end
     token, audio inside video interleaved; CANVAS of a thumbnail and its slices. ``advance``: after a picture of h×w
-    merged tokens text goes on SIDE = max(h, w) further (UNITS: after its largest position); BLOCK: every frame takes max(h, w)
-    on all axes; INDEX: text counts every token, a picture's last three axes are (column, row, number of the picture).
+    merged tokens text goes on SIDE = max(h, w) further (UNITS: after its largest position); BLOCK: every frame takes
+    max(h, w) on all axes; INDEX: text counts every token, a picture's last three axes are column, row and its number.
     """
 
     scan: int = RUNS
@@ -32,9 +32,7 @@ class Family(NamedTuple):
     rate: int = 0  # positions a second of video; 0: one a frame
     fractional: int = 0  # 1: positions are float32, a second's fractions kept
     pad: int = 0  # the position of padding
-    pictures_per_sample: int = (
-        0  # 1: rows of the grid may outnumber the pictures (those yet to be generated)
-    )
+    pictures_per_sample: int = 0  # 1: rows of images yet to come, too; deltas are 0
     twin_markers: int = 0  # 1: the two start (end) tokens of a video with audio share a position
     chunk_seconds: int = 0  # audio and video alternate every so many seconds; 0: sorted by position
     audio_window: int = 0  # of the encoder's chunks; 0: two convolutions of stride 2

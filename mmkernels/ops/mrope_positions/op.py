@@ -42,3 +42,4 @@ FORWARD = backends.define(
     fake=_fake,
     autocast_skip=(6,),
 )
+backends.register_triton(FORWARD, "mmkernels.ops.mrope_positions.triton")

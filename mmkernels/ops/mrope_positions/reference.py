@@ -22,7 +22,7 @@ from mmkernels.ops.mrope_positions.media import (
     Sample,
     kept_tokens,
     types_of,
-)  # fmt: skip
+)
 from mmkernels.ops.mrope_positions.pieces import grid, ramp
 from mmkernels.ops.mrope_positions.units import units
 
@@ -45,9 +45,7 @@ def mrope_positions(
     media = Media(
         rule, len(kept), image_grid, video_grid, seconds, audio_seqlens, images_per_sample
     )
-    bare = (
-        rule.scan == UNITS and media.empty
-    )  # transformers then counts the mask, whose padding it sets to 1
+    bare = rule.scan == UNITS and media.empty  # counts the mask, padding at 1
     dtype = torch.float32 if rule.fractional else torch.int64
     shape = (rule.axes + packed, input_ids.numel())
     out = torch.full(shape, 1 if bare else rule.pad, dtype=dtype)

@@ -6,12 +6,16 @@ from mmkernels.ops import (
     OPS,
     Norm,
     PackedPatches,
+    RopeTable,
     cross_attention,
     merge_embeddings,
+    mrope,
     patch_embed,
     patch_embed_packed,
     patch_merge,
     poll_errors,
+    rope_table,
+    rope_write_kv,
 )
 from mmkernels.version import __version__
 
@@ -21,12 +25,16 @@ __all__ = [
     "OPS",
     "Norm",
     "PackedPatches",
+    "RopeTable",
     "__version__",
     "backend",
     "cross_attention",
     "merge_embeddings",
+    "mrope",
     "patch_embed",
     "patch_embed_packed",
     "patch_merge",
     "poll_errors",
+    "rope_table",
+    "rope_write_kv",
 ]

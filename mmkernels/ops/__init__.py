@@ -3,20 +3,29 @@
 
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
+from mmkernels.ops.mrope import RopeTable, mrope, rope_table
 from mmkernels.ops.norm import Norm
 from mmkernels.ops.patch_embed import PackedPatches, patch_embed, patch_embed_packed
 from mmkernels.ops.patch_merge import patch_merge
+from mmkernels.ops.rope_write_kv import rope_write_kv
 
-OPS = ("patch_embed", "cross_attention", "merge_embeddings", "patch_merge")
+OPS = (
+    "patch_embed", "cross_attention", "merge_embeddings", "patch_merge",
+    "mrope", "rope_write_kv",
+)  # fmt: skip
 
 __all__ = [
     "OPS",
     "Norm",
     "PackedPatches",
+    "RopeTable",
     "cross_attention",
     "merge_embeddings",
+    "mrope",
     "patch_embed",
     "patch_embed_packed",
     "patch_merge",
     "poll_errors",
+    "rope_table",
+    "rope_write_kv",
 ]

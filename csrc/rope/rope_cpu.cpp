@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rotary positions on CPU, with and without a paged cache. A thread takes whole tokens: cos and sin once for all heads,
+// then each head is read, normed, turned, rounded and written, to the cache from the same core's registers or L1.
+// Slots and axes are checked before the first write.
+#include <algorithm>
+#include <string>
+
+#include "../common/aten.h"
+#include "../patch_merge/patch_merge.h"
+#include "rope.h"
+
+namespace mmkernels::rope {
+namespace {
+
+// A token's cos and sin by pair, of its first and its second channel.
+template <class F> struct Rotation {
+  Pairs pairs;
+  const F *cos_a, *sin_a, *cos_b, *sin_b;
+};
+
+template <class F, class Load, class Store>
+MMK_INLINE void turn_pairs(const Rotation<F>& t, const Load& load, const Store& store) {
+  const F *__restrict ca = t.cos_a, *__restrict sa = t.sin_a, *__restrict cb = t.cos_b, *__restrict sb = t.sin_b;
+  const int64_t n = t.pairs.count;
+  if (t.pairs.adjacent) {
+    for (int64_t i = 0; i < n; ++i) {
+      const Pair<F> p = turned(load(2 * i), load(2 * i + 1), ca[i], sa[i], cb[i], sb[i]);
+      store(2 * i, p.a), store(2 * i + 1, p.b);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const Pair<F> p = turned(load(i), load(i + n), ca[i], sa[i], cb[i], sb[i]);
+      store(i, p.a), store(i + n, p.b);
+    }
+  }
+}
+
+// One head as it is: read, turned, rounded, written.
+template <class T, class F = acc_t<T>>
+MMK_INLINE void head_body(T* __restrict out, const T* __restrict in, int64_t d, const Rotation<F>& t) {
+  turn_pairs<F>(t, [=](int64_t c) { return widen(in[c]); }, [=](int64_t c, F x) { out[c] = Convert<T>::from(x); });
+  for (int64_t c = 2 * t.pairs.count; c < d; ++c) out[c] = in[c];
+}
+
+// One head that is normed (with a weight) or wanted unrounded: it stays in x.
+template <class T, class F = acc_t<T>>
+MMK_INLINE void wide_head_body(T* __restrict out, F* __restrict x, const T* __restrict in, int64_t d,
+                               const Rotation<F>& t, const F* __restrict weight, double eps) {
+  for (int64_t c = 0; c < d; ++c) x[c] = widen(in[c]);
+  if (weight) {
+    const F r = patch_merge::stats_of(x, d, patch_merge::NormKind::rms, eps).r;
+    for (int64_t c = 0; c < d; ++c) x[c] = x[c] * r * weight[c];
+  }
+  turn_pairs<F>(t, [=](int64_t c) { return x[c]; }, [=](int64_t c, F y) { x[c] = y; });
+  for (int64_t c = 0; c < d; ++c) out[c] = Convert<T>::from(x[c]);
+}
+
+template <class T, class F = acc_t<T>>
+MMK_INLINE void widen_body(F* __restrict x, const T* __restrict in, int64_t d) {
+  for (int64_t c = 0; c < d; ++c) x[c] = widen(in[c]);
+}
+
+template <class C, class F>
+MMK_INLINE void store_body(C* __restrict to, const F* __restrict x, int64_t d) {
+  for (int64_t c = 0; c < d; ++c) to[c] = Stored<C>::from(x[c]);
+}
+template <class C, class F>
+MMK_INLINE void quantise_body(C* __restrict to, const F* __restrict x, int64_t d, float scale) {
+  for (int64_t c = 0; c < d; ++c) to[c] = Stored<C>::from(static_cast<float>(x[c]) / scale);
+}
+
+MMK_INLINE void rotation_body(float* __restrict cos, float* __restrict sin, const float* __restrict angle, int64_t n,
+                              double scale, double sign) {
+  for (int64_t i = 0; i < n; ++i) {
+    const CosSin t = cos_sin(angle[i]);
+    cos[i] = static_cast<float>(t.cos * scale), sin[i] = static_cast<float>(t.sin * sign * scale);
+  }
+}
+
+#define MMK_HEADS(MULTIARCH, T)                                                                                      \
+  MULTIARCH void head(T* out, const T* in, int64_t d, const Rotation<acc_t<T>>& t) { head_body(out, in, d, t); }     \
+  MULTIARCH void wide_head(T* out, acc_t<T>* x, const T* in, int64_t d, const Rotation<acc_t<T>>& t,                 \
+                           const acc_t<T>* weight, double eps) {                                                     \
+    wide_head_body(out, x, in, d, t, weight, eps);                                                                   \
+  }                                                                                                                  \
+  MULTIARCH void widen_row(acc_t<T>* x, const T* in, int64_t d) { widen_body(x, in, d); }
+#define MMK_STORES(MULTIARCH, F)                                                                                     \
+  MULTIARCH void store(float* to, const F* x, int64_t d, float) { store_body(to, x, d); }                            \
+  MULTIARCH void store(double* to, const F* x, int64_t d, float) { store_body(to, x, d); }                           \
+  MULTIARCH void store(bf16* to, const F* x, int64_t d, float) { store_body(to, x, d); }                             \
+  MULTIARCH void store(f16* to, const F* x, int64_t d, float) { store_body(to, x, d); }                              \
+  MULTIARCH void store(int8_t* to, const F* x, int64_t d, float scale) { quantise_body(to, x, d, scale); }           \
+  MULTIARCH void store(f8e4m3* to, const F* x, int64_t d, float scale) { quantise_body(to, x, d, scale); }
+MMK_HEADS(MMK_MULTIARCH, float)
+MMK_HEADS(MMK_MULTIARCH, bf16)
+MMK_HEADS(MMK_MULTIARCH, f16)
+MMK_HEADS(, double)
+MMK_STORES(MMK_MULTIARCH, float)
+MMK_STORES(, double)
+MMK_MULTIARCH void rotation_of(float* cos, float* sin, const float* angle, int64_t n, double scale, double sign) {
+  rotation_body(cos, sin, angle, n, scale, sign);
+}
+
+// Of angles too far for cos_sin, and in fp64: libm's.
+template <class F>
+void rotation_by_libm(F* cos, F* sin, const float* angle, int64_t n, double scale, double sign) {
+  for (int64_t i = 0; i < n; ++i) {
+    cos[i] = static_cast<F>(std::cos(static_cast<double>(angle[i])) * scale);
+    sin[i] = static_cast<F>(std::sin(static_cast<double>(angle[i])) * sign * scale);
+  }
+}
+void rotation_of(double* cos, double* sin, const float* angle, int64_t n, double scale, double sign) {
+  rotation_by_libm(cos, sin, angle, n, scale, sign);
+}
+
+// Which angle each pair turns by, from the call's table; `transposed` for the gradient.
+class Table {
+ public:
+  Table(const std::string& op, const Tensor& positions, const Tensor& inv_freq, const OptionalTensor& axis,
+        const std::string& pairing, double scaling, bool transposed)
+      : positions_(data<int64_t>(positions)), strides_(positions.strides().begin(), positions.strides().end()),
+        A_(positions.size(0)), scaling_(scaling), transposed_(transposed) {
+    if (pairing != "half" && pairing != "adjacent") fail(op, ": pairing must be half or adjacent, got ", pairing);
+    const int64_t r = inv_freq.size(0);
+    pairs_ = {r / 2, pairing == "adjacent"};
+    const Tensor freq = torch::stable::contiguous(inv_freq);
+    const OptionalTensor rows = contiguous(axis);
+    for (int64_t c = 0; rows && c < r; ++c) {
+      const int64_t a = data<int64_t>(*rows)[c];
+      if (a < 0 || a >= A_)
+        fail(op, ": axis[", c, "] is ", a, ", expected a row of position_ids in [0, ", A_, ")");
+    }
+    for (int64_t i = 0; i < pairs_.count; ++i) {
+      add(0, pairs_.first(i), data<float>(freq), data<int64_t>(rows));
+      add(1, pairs_.second(i), data<float>(freq), data<int64_t>(rows));
+    }
+    twins_ = freq_[0] == freq_[1] && axis_[0] == axis_[1];
+  }
+
+  int64_t channels() const { return 2 * pairs_.count; }
+
+  // cos and sin of a token, in 5·r/2 numbers of scratch.
+  template <class F> Rotation<F> of(int64_t b, int64_t l, std::vector<F>& scratch, std::vector<float>& angles) const {
+    const int64_t n = pairs_.count;
+    scratch.resize(4 * n), angles.resize(n + A_);
+    F* p = scratch.data();
+    if (twins_) {
+      fill(0, b, l, p, p + n, angles.data());
+      return {pairs_, p, p + n, p, p + n};
+    }
+    // The transpose turns b back by the angle of a, and a by that of b.
+    fill(0, b, l, p, transposed_ ? p + 3 * n : p + n, angles.data());
+    fill(1, b, l, p + 2 * n, transposed_ ? p + n : p + 3 * n, angles.data());
+    return {pairs_, p, p + n, p + 2 * n, p + 3 * n};
+  }
+
+ private:
+  void add(int side, int64_t channel, const float* freq, const int64_t* axis) {
+    freq_[side].push_back(freq[channel]);
+    axis_[side].push_back(axis ? static_cast<int32_t>(axis[channel]) : 0);
+  }
+
+  template <class F> void fill(int side, int64_t b, int64_t l, F* cos, F* sin, float* angle) const {
+    const int64_t n = pairs_.count;
+    float* at = angle + n;  // the token's position on each axis
+    for (int64_t a = 0; a < A_; ++a)
+      at[a] = static_cast<float>(positions_[a * strides_[0] + b * strides_[1] + l * strides_[2]]);
+    float largest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      angle[i] = at[axis_[side][i]] * freq_[side][i];
+      largest = std::max(largest, std::fabs(angle[i]));
+    }
+    const double sign = transposed_ ? -1 : 1;
+    if (largest < kLargestAngle) rotation_of(cos, sin, angle, n, scaling_, sign);
+    else rotation_by_libm(cos, sin, angle, n, scaling_, sign);
+  }
+
+  const int64_t* positions_;
+  std::vector<int64_t> strides_;
+  int64_t A_;
+  double scaling_;
+  bool transposed_, twins_ = false;
+  Pairs pairs_{};
+  std::vector<float> freq_[2];
+  std::vector<int32_t> axis_[2];
+};
+
+Heads heads_of(const Tensor& t) {  // [B, L, heads, d] or [T, heads, d]
+  const int64_t n = t.dim();
+  return {t.data_ptr(), t.size(n - 2), n == 4 ? t.stride(0) : 0, t.stride(n - 3), t.stride(n - 2)};
+}
+
+Tensor readable(const Tensor& t) {
+  return t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1 ? torch::stable::contiguous(t) : t;
+}
+
+void check(const std::string& op, const Tensor& query, const Tensor& key, const Tensor& positions,
+           const Tensor& inv_freq, const OptionalTensor& axis, int64_t dims) {
+  if (query.dim() != dims || key.dim() != dims) fail(op, ": query and key must have ", dims, " dimensions");
+  const int64_t d = query.size(dims - 1), r = inv_freq.dim() == 1 ? inv_freq.size(0) : -1;
+  for (int64_t i = 0; i < dims; ++i)
+    if (i != dims - 2 && query.size(i) != key.size(i)) fail(op, ": key must be as query but for its heads");
+  if (key.scalar_type() != query.scalar_type()) fail(op, ": key must be of the dtype of query");
+  if (r < 0 || r % 2 || r > d || inv_freq.scalar_type() != ScalarType::Float)
+    fail(op, ": inv_freq must be float32 [r], r even and at most ", d);
+  if (axis && (axis->dim() != 1 || axis->size(0) != r || axis->scalar_type() != ScalarType::Long))
+    fail(op, ": axis must be int64 [", r, "]");
+  bool fits = positions.dim() == dims - 1 && positions.scalar_type() == ScalarType::Long && positions.size(0) > 0;
+  for (int64_t i = 0; fits && i + 2 < dims; ++i) fits = positions.size(i + 1) == query.size(i);
+  if (!fits) fail(op, ": position_ids must be int64 [A, ", dims == 4 ? "B, L]" : "T]", " with A > 0");
+}
+
+int64_t grain(int64_t row) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, row)); }
+
+template <class T>
+void turn_heads(T* out, const Heads& from, int64_t b, int64_t l, int64_t d, const Rotation<acc_t<T>>& t) {
+  for (int64_t h = 0; h < from.heads; ++h) head(out + h * d, static_cast<const T*>(from.data) + from.row(b, l, h), d, t);
+}
+
+std::tuple<Tensor, Tensor> rotate(const std::string& op, const Tensor& query_, const Tensor& key_,
+                                  const Tensor& positions, const Tensor& inv_freq, const OptionalTensor& axis,
+                                  const std::string& pairing, double scaling, bool transposed) {
+  check(op, query_, key_, positions, inv_freq, axis, 4);
+  const Table table(op, positions, inv_freq, axis, pairing, scaling, transposed);
+  const Tensor query = readable(query_), key = readable(key_);
+  const int64_t B = query.size(0), L = query.size(1), d = query.size(3);
+  const Heads q = heads_of(query), k = heads_of(key);
+  Tensor q_out = empty(query, {B, L, q.heads, d}), k_out = empty(query, {B, L, k.heads, d});
+  dispatch_float(op.c_str(), query.scalar_type(), [&](auto* tag) {
+    using T = pointee<decltype(tag)>;
+    T *to_q = mutable_data<T>(q_out), *to_k = mutable_data<T>(k_out);
+    torch::stable::parallel_for(0, B * L, grain((q.heads + k.heads) * d), [&](int64_t begin, int64_t end) {
+      std::vector<acc_t<T>> scratch;
+      std::vector<float> angles;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / L, l = i % L;
+        const auto t = table.of(b, l, scratch, angles);
+        turn_heads(to_q + i * q.heads * d, q, b, l, d, t);
+        turn_heads(to_k + i * k.heads * d, k, b, l, d, t);
+      }
+    });
+  });
+  return {q_out, k_out};
+}
+
+std::tuple<Tensor, Tensor> mrope(const Tensor& query, const Tensor& key, const Tensor& positions,
+                                 const Tensor& inv_freq, const OptionalTensor& axis, std::string pairing,
+                                 double scaling) {
+  return rotate("mrope", query, key, positions, inv_freq, axis, pairing, scaling, false);
+}
+std::tuple<Tensor, Tensor> mrope_backward(const Tensor& query, const Tensor& key, const Tensor& positions,
+                                          const Tensor& inv_freq, const OptionalTensor& axis, std::string pairing,
+                                          double scaling) {
+  return rotate("mrope_backward", query, key, positions, inv_freq, axis, pairing, scaling, true);
+}
+
+}  // namespace
+}  // namespace mmkernels::rope
+
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("mrope", TORCH_BOX(&mmkernels::rope::mrope));
+  m.impl("mrope_backward", TORCH_BOX(&mmkernels::rope::mrope_backward));
+}

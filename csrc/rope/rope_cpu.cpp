@@ -86,7 +86,6 @@ MMK_INLINE void rotation_body(float* __restrict cos, float* __restrict sin, cons
   MULTIARCH void widen_row(acc_t<T>* x, const T* in, int64_t d) { widen_body(x, in, d); }
 #define MMK_STORES(MULTIARCH, F)                                                                                     \
   MULTIARCH void store(float* to, const F* x, int64_t d, float) { store_body(to, x, d); }                            \
-  MULTIARCH void store(double* to, const F* x, int64_t d, float) { store_body(to, x, d); }                           \
   MULTIARCH void store(bf16* to, const F* x, int64_t d, float) { store_body(to, x, d); }                             \
   MULTIARCH void store(f16* to, const F* x, int64_t d, float) { store_body(to, x, d); }                              \
   MULTIARCH void store(int8_t* to, const F* x, int64_t d, float scale) { quantise_body(to, x, d, scale); }           \
@@ -97,6 +96,7 @@ MMK_HEADS(MMK_MULTIARCH, f16)
 MMK_HEADS(, double)
 MMK_STORES(MMK_MULTIARCH, float)
 MMK_STORES(, double)
+void store(double* to, const float* x, int64_t d, float) { store_body(to, x, d); }
 MMK_MULTIARCH void rotation_of(float* cos, float* sin, const float* angle, int64_t n, double scale, double sign) {
   rotation_body(cos, sin, angle, n, scale, sign);
 }
@@ -118,7 +118,8 @@ class Table {
  public:
   Table(const std::string& op, const Tensor& positions, const Tensor& inv_freq, const OptionalTensor& axis,
         const std::string& pairing, double scaling, bool transposed)
-      : positions_(data<int64_t>(positions)), strides_(positions.strides().begin(), positions.strides().end()),
+      : positions_(data<int64_t>(positions)), strides_{positions.stride(0), positions.dim() == 3 ? positions.stride(1) : 0,
+                                                          positions.stride(positions.dim() - 1)},
         A_(positions.size(0)), scaling_(scaling), transposed_(transposed) {
     if (pairing != "half" && pairing != "adjacent") fail(op, ": pairing must be half or adjacent, got ", pairing);
     const int64_t r = inv_freq.size(0);
@@ -176,7 +177,7 @@ class Table {
   }
 
   const int64_t* positions_;
-  std::vector<int64_t> strides_;
+  int64_t strides_[3];  // of axes, batch, tokens
   int64_t A_;
   double scaling_;
   bool transposed_, twins_ = false;
@@ -254,10 +255,161 @@ std::tuple<Tensor, Tensor> mrope_backward(const Tensor& query, const Tensor& key
   return rotate("mrope_backward", query, key, positions, inv_freq, axis, pairing, scaling, true);
 }
 
+// Of int64 or int32, whatever the strides.
+std::vector<int64_t> numbers_of(const Tensor& t) {
+  const Tensor flat = torch::stable::contiguous(t);
+  std::vector<int64_t> found(t.numel());
+  if (t.scalar_type() == ScalarType::Long) std::copy_n(data<int64_t>(flat), found.size(), found.begin());
+  else if (t.scalar_type() == ScalarType::Int) std::copy_n(data<int32_t>(flat), found.size(), found.begin());
+  else fail("rope_write_kv: slot_mapping must be int64 or int32");
+  return found;
+}
+
+// -1 or a slot, and no slot twice: an open-addressed set of twice the tokens, as the cache may be far larger.
+void check_slots(const std::vector<int64_t>& slots, int64_t count) {
+  const int64_t T = static_cast<int64_t>(slots.size());
+  for (int64_t t = 0; t < T; ++t)
+    if (slots[t] < -1 || slots[t] >= count)
+      fail("rope_write_kv: slot_mapping[", t, "] is ", slots[t], ", expected a slot in [0, ", count, ") or -1 (skipped)");
+  int64_t places = 2;
+  while (places < 2 * T) places *= 2;
+  std::vector<int64_t> taken(places, -1);  // tokens
+  for (int64_t t = 0; t < T; ++t) {
+    if (slots[t] < 0) continue;
+    int64_t at = static_cast<int64_t>(static_cast<uint64_t>(slots[t]) * 0x9e3779b97f4a7c15u >> 32) & (places - 1);
+    for (; taken[at] >= 0; at = (at + 1) & (places - 1))
+      if (slots[taken[at]] == slots[t])
+        fail("rope_write_kv: slot_mapping[", t, "] is ", slots[t], ", expected a slot of its own (slot_mapping[",
+             taken[at], "] has it)");
+    taken[at] = t;
+  }
+}
+
+Cache cache_of(const char* name, const Tensor& t, const Tensor& key, const Tensor& like) {
+  bool fits = t.dim() == 4 && t.scalar_type() == like.scalar_type() && t.size(1) > 0 && t.size(2) == key.size(1) && t.size(3) == key.size(2);
+  for (int64_t i = 0; fits && i < 4; ++i) fits = t.size(i) == like.size(i);
+  if (!fits) fail("rope_write_kv: ", name, " must be [pages, page_size, kv_heads, d], both caches of one shape and dtype");
+  if (t.size(3) > 1 && t.stride(3) != 1) fail("rope_write_kv: ", name, " must be with its last dimension contiguous");
+  return {t.data_ptr(), t.size(1), t.size(0) * t.size(1), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Calls f with a null pointer of what the caches hold.
+template <class F>
+void dispatch_cache(const Tensor& cache, bool scaled, const F& f) {
+  const ScalarType dtype = cache.scalar_type();
+  const bool needs = dtype == ScalarType::Char || dtype == ScalarType::Float8_e4m3fn;
+  if (scaled != needs) fail("rope_write_kv: caches must be int8 or float8_e4m3fn with scales, floats without");
+  if (dtype == ScalarType::Char) f(static_cast<int8_t*>(nullptr));
+  else if (needs) f(static_cast<f8e4m3*>(nullptr));
+  else dispatch_float("rope_write_kv", dtype, f);
+}
+
+template <class T>
+std::vector<acc_t<T>> weights_of(const OptionalTensor& t, int64_t d) {
+  if (!t) return {};
+  if (t->dim() != 1 || t->size(0) != d) fail("rope_write_kv: q_norm and k_norm must be [", d, "]");
+  const Tensor flat = torch::stable::contiguous(*t);
+  std::vector<acc_t<T>> found(d);
+  for (int64_t c = 0; c < d; ++c) found[c] = widen(data<T>(flat)[c]);
+  return found;
+}
+
+std::vector<float> scales_of(const OptionalTensor& t, int64_t heads) {
+  if (!t) return std::vector<float>(heads, 1.0f);
+  if (t->dim() != 1 || t->size(0) != heads || t->scalar_type() != ScalarType::Float)
+    fail("rope_write_kv: k_scale and v_scale must be float32 [", heads, "]");
+  const Tensor flat = torch::stable::contiguous(*t);
+  return {data<float>(flat), data<float>(flat) + heads};
+}
+
+// Query, key and value of a call in T; key and value go to caches of C.
+template <class T, class C> struct Write {
+  using F = acc_t<T>;
+  Heads q, k, v;
+  T *q_out, *k_out;
+  Cache keys, values;
+  std::vector<F> q_weight, k_weight;  // empty: no norm
+  std::vector<float> k_scale, v_scale;
+  double eps;
+  int64_t d;
+
+  static const T* row(const Heads& from, int64_t t, int64_t h) {
+    return static_cast<const T*>(from.data) + from.row(0, t, h);
+  }
+  static C* place(const Cache& cache, int64_t slot, int64_t h) {
+    return static_cast<C*>(cache.data) + cache.row(slot, h);
+  }
+
+  void token(int64_t t, int64_t slot, const Rotation<F>& rotation, F* x) const {
+    for (int64_t h = 0; h < q.heads; ++h) {
+      T* out = q_out + (t * q.heads + h) * d;
+      if (q_weight.empty()) head(out, row(q, t, h), d, rotation);
+      else wide_head(out, x, row(q, t, h), d, rotation, q_weight.data(), eps);
+    }
+    for (int64_t h = 0; h < k.heads; ++h) {
+      T* out = k_out + (t * k.heads + h) * d;
+      if (k_weight.empty() && std::is_same_v<T, C>) head(out, row(k, t, h), d, rotation);
+      else wide_head(out, x, row(k, t, h), d, rotation, k_weight.empty() ? nullptr : k_weight.data(), eps);
+      if (slot < 0) continue;
+      C* to = place(keys, slot, h);
+      if constexpr (std::is_same_v<T, C>) memcpy(static_cast<void*>(to), out, d * sizeof(T));
+      else store(to, x, d, k_scale[h]);
+    }
+    for (int64_t h = 0; slot >= 0 && h < v.heads; ++h) {
+      C* to = place(values, slot, h);
+      if constexpr (std::is_same_v<T, C>) memcpy(static_cast<void*>(to), row(v, t, h), d * sizeof(T));
+      else widen_row(x, row(v, t, h), d), store(to, x, d, v_scale[h]);
+    }
+  }
+
+  void all(const Table& table, const std::vector<int64_t>& slots) const {
+    const int64_t T_ = static_cast<int64_t>(slots.size());
+    torch::stable::parallel_for(0, T_, grain((q.heads + 2 * k.heads) * d), [&](int64_t begin, int64_t end) {
+      std::vector<F> scratch, x(d);
+      std::vector<float> angles;
+      for (int64_t t = begin; t < end; ++t) token(t, slots[t], table.of(0, t, scratch, angles), x.data());
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor> rope_write_kv(
+    const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& key_cache, const Tensor& value_cache,
+    const Tensor& slot_mapping, const Tensor& positions, const Tensor& inv_freq, const OptionalTensor& axis,
+    std::string pairing, double scaling, const OptionalTensor& q_norm, const OptionalTensor& k_norm, double eps,
+    const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  check("rope_write_kv", query_, key_, positions, inv_freq, axis, 3);
+  bool fits = value_.dim() == 3 && value_.scalar_type() == key_.scalar_type() && slot_mapping.dim() == 1 &&
+              slot_mapping.size(0) == query_.size(0);
+  for (int64_t i = 0; fits && i < 3; ++i) fits = value_.size(i) == key_.size(i);
+  for (const OptionalTensor* t : {&q_norm, &k_norm}) fits = fits && (!*t || (*t)->scalar_type() == key_.scalar_type());
+  if (!fits) fail("rope_write_kv: value must be as key, slot_mapping [T], norms of the dtype of query");
+  if (k_scale.has_value() != v_scale.has_value()) fail("rope_write_kv: v_scale must be given with k_scale");
+  const Cache keys = cache_of("key_cache", key_cache, key_, key_cache);
+  const Cache values = cache_of("value_cache", value_cache, key_, key_cache);
+  const Table table("rope_write_kv", positions, inv_freq, axis, pairing, scaling, false);
+  const std::vector<int64_t> slots = numbers_of(slot_mapping);
+  check_slots(slots, keys.slots);
+  const Tensor query = readable(query_), key = readable(key_), value = readable(value_);
+  const int64_t T_ = query.size(0), d = query.size(2);
+  const Heads q = heads_of(query), k = heads_of(key), v = heads_of(value);
+  Tensor q_out = empty(query, {T_, q.heads, d}), k_out = empty(query, {T_, k.heads, d});
+  dispatch_float("rope_write_kv", query.scalar_type(), [&](auto* t) {
+    using T = pointee<decltype(t)>;
+    dispatch_cache(key_cache, k_scale.has_value(), [&](auto* c) {
+      const Write<T, pointee<decltype(c)>> write{
+          q, k, v, mutable_data<T>(q_out), mutable_data<T>(k_out), keys, values, weights_of<T>(q_norm, d),
+          weights_of<T>(k_norm, d), scales_of(k_scale, k.heads), scales_of(v_scale, k.heads), eps, d};
+      write.all(table, slots);
+    });
+  });
+  return {q_out, k_out};
+}
+
 }  // namespace
 }  // namespace mmkernels::rope
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("rope_write_kv", TORCH_BOX(&mmkernels::rope::rope_write_kv));
   m.impl("mrope", TORCH_BOX(&mmkernels::rope::mrope));
   m.impl("mrope_backward", TORCH_BOX(&mmkernels::rope::mrope_backward));
 }

@@ -37,8 +37,8 @@ def rope_write_kv(
 
     Args:
         query: ``[T, heads, d]``. key, value: ``[T, kv_heads, d]``. Any strides, as views of one fused projection.
-        key_cache, value_cache: ``[pages, page_size, kv_heads, d]``, written in place; any strides but of d. The
-            dtype of key, float32, float16, bfloat16, or int8 or float8_e4m3fn with a scale.
+        key_cache, value_cache: ``[pages, page_size, kv_heads, d]``, written in place; any strides but of d, both
+            of one shape and dtype: any float (as key or not), or int8 or float8_e4m3fn with scales.
         slot_mapping: int64 or int32 ``[T]``; −1 is not written (its query and key are still rotated).
         position_ids, inv_freq, axis, pairing, attention_scaling: As for ``mrope``, ``[T]`` or ``[A, T]``.
         q_norm, k_norm: Weights ``[d]`` of an RMSNorm of each head before the rotation (Qwen3), with ``eps``.
@@ -97,6 +97,8 @@ def _check_cache(
     if cache.dim() != 4 or tuple(cache.shape[2:]) != (heads, d) or cache.shape[1] == 0:
         expected = f"[pages, page_size, {heads}, {d}] with page_size > 0"
         checks.fail(_OP, name, list(cache.shape), expected)
+    if cache.dtype != key_cache.dtype:
+        checks.fail(_OP, name, cache.dtype, f"of the dtype of key_cache, {key_cache.dtype}")
     if cache.shape != key_cache.shape:
         checks.fail(
             _OP, name, list(cache.shape), f"of the shape of key_cache, {list(key_cache.shape)}"

@@ -373,7 +373,8 @@ def _axis(channel: int, value: int) -> Any:
 
 
 _TRANSPOSED = torch.zeros(4, 4, 16, 2).transpose(2, 3)
-_ONE = torch.ones(1)
+_INT8 = {n: torch.zeros(4, 4, 2, 16, dtype=torch.int8) for n in ("key_cache", "value_cache")}
+_ONES = {"k_scale": torch.ones(1), "v_scale": torch.ones(2)}
 
 INVALID = [
     Invalid("slot_too_large", _slot(5, 16), r"slot_mapping\[5\] is 16, expected a slot in \[0, 16\) or -1"),
@@ -394,10 +395,11 @@ INVALID = [
     Invalid("cache_strides", _set(key_cache=_TRANSPOSED), "key_cache must be with its last dimension contiguous"),
     Invalid("cache_overlaps", _set(value_cache=torch.zeros(1, 4, 2, 16).expand(4, 4, 2, 16)), "value_cache must be without overlap"),
     Invalid("cache_dtype", _set(key_cache=torch.zeros(4, 4, 2, 16, dtype=torch.int32)), "key_cache must be a float, int8 or float8_e4m3fn tensor", TypeError),
-    Invalid("no_scale", _set(key_cache=torch.zeros(4, 4, 2, 16, dtype=torch.int8)), "k_scale must be a scale with key_cache in torch.int8, got None"),
-    Invalid("needless_scale", _set(v_scale=_ONE), "v_scale must be None with value_cache in torch.float32, got a scale"),
-    Invalid("scale_shape", _set(value_cache=torch.zeros(4, 4, 2, 16, dtype=torch.int8), v_scale=torch.ones(3)), r"v_scale must be one element or \[kv_heads\] = \[2\], got \[3\]"),
-    Invalid("scale_dtype", _set(value_cache=torch.zeros(4, 4, 2, 16, dtype=torch.int8), v_scale=_ONE.half()), "v_scale must be float32"),
+    Invalid("no_scale", _set(**_INT8), "k_scale must be a scale with key_cache in torch.int8, got None"),
+    Invalid("needless_scale", _set(v_scale=torch.ones(1)), "v_scale must be None with value_cache in torch.float32, got a scale"),
+    Invalid("scale_shape", _set(**_INT8, **_ONES | {"v_scale": torch.ones(3)}), r"v_scale must be one element or \[kv_heads\] = \[2\], got \[3\]"),
+    Invalid("scale_dtype", _set(**_INT8, **_ONES | {"k_scale": torch.ones(1).half()}), "k_scale must be float32"),
+    Invalid("cache_dtypes", _set(value_cache=torch.zeros(4, 4, 2, 16).half()), "value_cache must be of the dtype of key_cache, torch.float32, got torch.float16"),
     Invalid("norm_width", _set(q_norm=torch.ones(15)), r"q_norm must be \[d\] = \[16\], got \[15\]"),
     Invalid("norm_dtype", _set(k_norm=torch.ones(16).half()), "k_norm must be of the dtype of query"),
     Invalid("eps", _set(q_norm=torch.ones(16), eps=-1.0), "eps must be at least 0, got -1.0"),

@@ -59,11 +59,12 @@ def mrope(
     position_ids, axis = positions_of(_OP, position_ids, axis, query)
     packed = query.dim() == 3
     if packed:
-        query, key, position_ids = query[None], key[None], position_ids[:, None]
+        query, key = query.unsqueeze(0), key.unsqueeze(0)
+        position_ids = position_ids.unsqueeze(1)
     try:
         turned: tuple[torch.Tensor, torch.Tensor] = FORWARD(
             query, key, position_ids, inv_freq, axis, pairing, float(attention_scaling)
         )
     except RuntimeError as error:
         raise checks.as_value_error(_OP, error) from None
-    return (turned[0][0], turned[1][0]) if packed else turned
+    return (turned[0].squeeze(0), turned[1].squeeze(0)) if packed else turned

@@ -53,7 +53,7 @@ def positions_of(
         more = "[A, ...] with axis" if axis is not None else "no rows of axes without axis"
         checks.fail(op, "position_ids", list(position_ids.shape), f"{list(tokens)}, {more}")
     if given <= dims:  # text: one position for every axis
-        position_ids, axis = position_ids[None], None
+        position_ids, axis = position_ids.unsqueeze(0), None
     rows, last = position_ids.shape[0], position_ids.shape[1:]
     fits = last[-1] == tokens[-1] and all(
         n in (1, t) for n, t in zip(reversed(last[:-1]), reversed(tokens[:-1]), strict=False)

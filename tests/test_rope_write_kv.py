@@ -16,7 +16,7 @@ from mmkernels.ops.rope_write_kv import cases, reference
 from mmkernels.testing import Case, captured_calls, in_fp64, which_kernel_ran
 from mmkernels.testing.case import Inputs
 
-WRITE = [pytest.param(c, id=c.name) for c in cases.CASES if "write" in c.tags]
+WRITE = [pytest.param(c, id=c.name) for c in cases.CASES if "test" in c.tags]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("key_cache", "value_cache")
 

@@ -35,7 +35,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-def _case(name: str, tags: str = "write", **sizes: Any) -> Case:
+def _case(name: str, tags: str = "test", **sizes: Any) -> Case:
     default = {
         "T": 7, "Hq": 4, "Hk": 2, "d": 16, "r": 16, "layout": "1d", "theta": 1e4, "pairing": "half", "scale": 1.0,
         "page": 4, "norm": False, "cache": "", "skip": 0.0, "decode": False, "per_head": False,
@@ -61,8 +61,8 @@ CASES = [
     _case("to_fp8", cache="fp8", d=64, r=64, T=50, norm=True),
     _case("to_fp8_heads", cache="fp8", per_head=True, d=33, r=32, T=30, pairing="adjacent"),
     _case("all_skipped", skip=1.0),
-    _case("no_tokens", T=0, layout="sectioned"),
-    _case("no_heads", Hq=0, Hk=0),
+    _case("no_tokens", "test empty", T=0, layout="sectioned"),
+    _case("no_heads", "test empty", Hq=0, Hk=0),
     _case(
         "qwen2_5_vl_7b_prefill",
         "bench",
@@ -270,13 +270,27 @@ def results(
 
 
 def reference_results(inputs: Inputs) -> Tensors:
-    """In fp64; what the caches hold times their scale, unrounded, and NaN where nothing is written."""
-    wide = in_fp64(inputs)
-    for name in ("key_cache", "value_cache"):
-        wide[name] = torch.full(inputs[name].shape, float("nan"), dtype=torch.float64)
-    wide |= {n: None for n in ("k_scale", "v_scale")}
+    """In fp64; of the caches what they should hold, unrounded."""
+    wide = in_fp64(inputs) | {"k_scale": None, "v_scale": None}
+    wide |= {n: inputs[n].double() for n in ("key_cache", "value_cache")}
     with backends.backend("reference"):
-        return results(wide)
+        found = results(wide)
+    at = _written(inputs)
+    for name, scale in (
+        ("key_cache", inputs.get("k_scale")),
+        ("value_cache", inputs.get("v_scale")),
+    ):
+        if scale is not None:
+            limit = 127.0 if inputs[name].dtype == torch.int8 else 448.0
+            quotient = found[name][at] / scale.double()[:, None]
+            found[name][at] = quotient.clamp(-limit, limit)
+    return found
+
+
+def _written(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    slots = inputs["slot_mapping"][inputs["slot_mapping"] >= 0]
+    page_size = inputs["key_cache"].shape[1]
+    return slots // page_size, slots % page_size
 
 
 def compared(inputs: Inputs, got: Tensors) -> list[Comparison]:
@@ -284,61 +298,44 @@ def compared(inputs: Inputs, got: Tensors) -> list[Comparison]:
     wide, reference = in_fp64(inputs), reference_results(inputs)
     position_ids = wide["position_ids"] if wide["axis"] is not None else wide["position_ids"][None]
     cos, sin = rotation_of(wide, position_ids)
-    found = []
-    for name, norm in (("query", "q_norm"), ("key", "k_norm")):
-        normed = _norm({**wide, "eps": wide.get("eps")}, name)
-        sizes = terms(normed, cos, sin, wide["pairing"])
-        K = 2
-        if wide.get(norm) is not None:
-            sizes = torch.where(
-                sizes > 0, sizes, normed.abs()
-            )  # what does not turn is normed all the same
-            K = 8 + wide[name].shape[-1]
-        found.append(within(name, got[name], reference[name], sizes, K))
-        if name == "key":
-            found.append(_of_cache("key_cache", inputs, got, reference, sizes, K))
-    found.append(_of_cache("value_cache", inputs, got, reference, wide["value"] * 0, 0))
+    sizes = {"value": torch.zeros_like(wide["value"])}  # Σ|t|; 0 of a copy
+    K = {"value": 0}
+    for name in ("query", "key"):
+        normed, has_norm = _norm(wide, name), wide.get(f"{name[0]}_norm") is not None
+        turned = terms(normed, cos, sin, wide["pairing"])
+        sizes[name] = torch.where(turned > 0, turned, normed.abs()) if has_norm else turned
+        K[name] = 8 + normed.shape[-1] if has_norm else 2
+    found = [within(n, got[n], reference[n], sizes[n], K[n]) for n in ("query", "key")]
+    for name in ("key", "value"):
+        cache, at = f"{name}_cache", _written(inputs)
+        bounds = torch.zeros_like(reference[cache])  # what is not written keeps its bits
+        errors = 2 * 2.0**-24 * K[name] ** 0.5 * sizes[name][inputs["slot_mapping"] >= 0]
+        copied = (errors == 0) & (got[cache].dtype in (wide_of(inputs), inputs["key"].dtype))
+        rounding = _rounding(
+            reference[cache][at], got[cache].dtype, inputs.get(f"{name[0]}_scale"), errors
+        )
+        bounds[at] = torch.where(copied, 0.0, rounding)
+        found.append(compare(cache, got[cache], reference[cache], bounds))
     return found
 
 
-def _of_cache(
-    name: str, inputs: Inputs, got: Tensors, reference: Tensors, sizes: torch.Tensor, K: int
-) -> Comparison:
-    """Written rows by the bound, all others bit by bit. ``sizes``: Σ|t| of every written row."""
-    before, after = inputs[name], got[name]
-    slots = inputs["slot_mapping"]
-    kept = slots >= 0
-    at = (slots[kept] // before.shape[1], slots[kept] % before.shape[1])
-    scale = inputs.get(f"{name[0]}_scale")
-    wanted = reference[name][at]
+def wide_of(inputs: Inputs) -> torch.dtype:
+    return torch.promote_types(inputs["key"].dtype, torch.float32)
+
+
+def _rounding(
+    wanted: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None, errors: torch.Tensor
+) -> torch.Tensor:
+    """How far a cache may be: one rounding, after these errors; of a quotient also that of the division."""
     if scale is None:
-        error = 2 * 2.0**-24 * K**0.5 * sizes[kept]
-        exact = after.dtype == inputs["value"].dtype or after.dtype == torch.float32
-        own = ulp(wanted, after.dtype) * (1.0 if after.dtype == torch.float32 else 0.505)
-        if exact and K == 0:
-            own = own * 0
-        elif exact and K == 2:
-            own = torch.where(sizes[kept] > 0, own, 0.0)
-        bound = own + error
-    else:
-        by = scale.double().reshape(-1, 1)
-        wanted, error = (
-            wanted / by,
-            (2 * 2.0**-24 * (K + 1) ** 0.5 * (sizes[kept] + wanted.abs())) / by,
-        )
-        limit = 127.0 if after.dtype == torch.int8 else 448.0
-        wanted = wanted.clamp(-limit, limit)
-        own = torch.full_like(wanted, 0.5)
-        if after.dtype != torch.int8:
-            spacing = torch.ldexp(
-                torch.ones_like(wanted), (torch.frexp(wanted.abs())[1] - 4).clamp(min=-9)
-            )
-            own = 0.505 * spacing
-        bound = own + error
-    expected = before.double().clone()
-    bounds = torch.zeros_like(expected)
-    expected[at], bounds[at] = wanted, bound
-    return compare(name, after, expected, bounds)
+        return ulp(wanted, dtype) * (1.0 if dtype == torch.float32 else 0.505) + errors
+    quotient = errors / scale.double()[:, None] + 2.0**-23 * wanted.abs()
+    if dtype == torch.int8:
+        return 0.5 + quotient
+    exponent = (torch.frexp(wanted.abs())[1] - 4).clamp(
+        min=-9
+    )  # float8_e4m3fn: 3 bits, from 2⁻⁹ on
+    return 0.505 * torch.ldexp(torch.ones_like(wanted), exponent) + quotient
 
 
 def traffic(inputs: Inputs) -> tuple[int, int]:

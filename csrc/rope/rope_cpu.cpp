@@ -23,11 +23,13 @@ MMK_INLINE void turn_pairs(const Rotation<F>& t, const Load& load, const Store& 
   const F *__restrict ca = t.cos_a, *__restrict sa = t.sin_a, *__restrict cb = t.cos_b, *__restrict sb = t.sin_b;
   const int64_t n = t.pairs.count;
   if (t.pairs.adjacent) {
+#pragma GCC ivdep  // nothing overlaps, but so many pointers are more than compilers check
     for (int64_t i = 0; i < n; ++i) {
       const Pair<F> p = turned(load(2 * i), load(2 * i + 1), ca[i], sa[i], cb[i], sb[i]);
       store(2 * i, p.a), store(2 * i + 1, p.b);
     }
   } else {
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
       const Pair<F> p = turned(load(i), load(i + n), ca[i], sa[i], cb[i], sb[i]);
       store(i, p.a), store(i + n, p.b);
@@ -42,17 +44,41 @@ MMK_INLINE void head_body(T* __restrict out, const T* __restrict in, int64_t d, 
   for (int64_t c = 2 * t.pairs.count; c < d; ++c) out[c] = in[c];
 }
 
-// One head that is normed (with a weight) or wanted unrounded: it stays in x.
+// Sums of 512 in lanes and a tree, of more than one such in double.
+template <class F>
+MMK_INLINE double sum_of_squares(const F* __restrict x, int64_t n) {
+  constexpr int64_t kLanes = 64 / sizeof(F), kPart = 512;
+  double sum = 0;
+  int64_t i = 0;
+  while (i + kLanes <= n) {
+    typename patch_merge::Vector<F>::type squares = {};
+    for (const int64_t end = min64(n, i + kPart); i + kLanes <= end; i += kLanes)
+      squares += patch_merge::load(x + i) * patch_merge::load(x + i);
+    F lane[kLanes];
+    memcpy(lane, &squares, sizeof lane);
+    for (int64_t w = kLanes / 2; w > 0; w /= 2)
+      for (int64_t l = 0; l < w; ++l) lane[l] += lane[l + w];
+    sum += lane[0];
+  }
+  for (; i < n; ++i) sum += x[i] * x[i];
+  return sum;
+}
+
+// One head that is normed (with a weight) or wanted unrounded too (in y, if there is one).
 template <class T, class F = acc_t<T>>
-MMK_INLINE void wide_head_body(T* __restrict out, F* __restrict x, const T* __restrict in, int64_t d,
+MMK_INLINE void wide_head_body(T* __restrict out, F* __restrict y, F* __restrict x, const T* __restrict in, int64_t d,
                                const Rotation<F>& t, const F* __restrict weight, double eps) {
   for (int64_t c = 0; c < d; ++c) x[c] = widen(in[c]);
-  if (weight) {
-    const F r = patch_merge::stats_of(x, d, patch_merge::NormKind::rms, eps).r;
-    for (int64_t c = 0; c < d; ++c) x[c] = x[c] * r * weight[c];
-  }
-  turn_pairs<F>(t, [=](int64_t c) { return x[c]; }, [=](int64_t c, F y) { x[c] = y; });
-  for (int64_t c = 0; c < d; ++c) out[c] = Convert<T>::from(x[c]);
+  const F r = weight ? 1 / std::sqrt(static_cast<F>(sum_of_squares(x, d) / d + eps)) : F(1);
+  const auto all = [&](const auto& load, const auto& store) {
+    turn_pairs<F>(t, load, store);
+    for (int64_t c = 2 * t.pairs.count; c < d; ++c) store(c, load(c));
+  };
+  const auto normed = [=](int64_t c) { return x[c] * r * weight[c]; };
+  const auto both = [=](int64_t c, F value) { y[c] = value, out[c] = Convert<T>::from(value); };
+  if (y && weight) all(normed, both);
+  else if (y) all([=](int64_t c) { return x[c]; }, both);
+  else all(normed, [=](int64_t c, F value) { out[c] = Convert<T>::from(value); });
 }
 
 template <class T, class F = acc_t<T>>
@@ -79,9 +105,9 @@ MMK_INLINE void rotation_body(float* __restrict cos, float* __restrict sin, cons
 
 #define MMK_HEADS(MULTIARCH, T)                                                                                      \
   MULTIARCH void head(T* out, const T* in, int64_t d, const Rotation<acc_t<T>>& t) { head_body(out, in, d, t); }     \
-  MULTIARCH void wide_head(T* out, acc_t<T>* x, const T* in, int64_t d, const Rotation<acc_t<T>>& t,                 \
+  MULTIARCH void wide_head(T* out, acc_t<T>* y, acc_t<T>* x, const T* in, int64_t d, const Rotation<acc_t<T>>& t,    \
                            const acc_t<T>* weight, double eps) {                                                     \
-    wide_head_body(out, x, in, d, t, weight, eps);                                                                   \
+    wide_head_body(out, y, x, in, d, t, weight, eps);                                                                \
   }                                                                                                                  \
   MULTIARCH void widen_row(acc_t<T>* x, const T* in, int64_t d) { widen_body(x, in, d); }
 #define MMK_STORES(MULTIARCH, F)                                                                                     \
@@ -344,12 +370,14 @@ template <class T, class C> struct Write {
     for (int64_t h = 0; h < q.heads; ++h) {
       T* out = q_out + (t * q.heads + h) * d;
       if (q_weight.empty()) head(out, row(q, t, h), d, rotation);
-      else wide_head(out, x, row(q, t, h), d, rotation, q_weight.data(), eps);
+      else wide_head(out, static_cast<F*>(nullptr), x + d, row(q, t, h), d, rotation, q_weight.data(), eps);
     }
+    F* const unrounded = std::is_same_v<T, C> ? nullptr : x;  // else the cache holds the bits of the output
     for (int64_t h = 0; h < k.heads; ++h) {
       T* out = k_out + (t * k.heads + h) * d;
-      if (k_weight.empty() && std::is_same_v<T, C>) head(out, row(k, t, h), d, rotation);
-      else wide_head(out, x, row(k, t, h), d, rotation, k_weight.empty() ? nullptr : k_weight.data(), eps);
+      const F* weight = k_weight.empty() ? nullptr : k_weight.data();
+      if (!weight && !unrounded) head(out, row(k, t, h), d, rotation);
+      else wide_head(out, unrounded, x + d, row(k, t, h), d, rotation, weight, eps);
       if (slot < 0) continue;
       C* to = place(keys, slot, h);
       if constexpr (std::is_same_v<T, C>) memcpy(static_cast<void*>(to), out, d * sizeof(T));
@@ -365,7 +393,7 @@ template <class T, class C> struct Write {
   void all(const Table& table, const std::vector<int64_t>& slots) const {
     const int64_t T_ = static_cast<int64_t>(slots.size());
     torch::stable::parallel_for(0, T_, grain((q.heads + 2 * k.heads) * d), [&](int64_t begin, int64_t end) {
-      std::vector<F> scratch, x(d);
+      std::vector<F> scratch, x(2 * d);
       std::vector<float> angles;
       for (int64_t t = begin; t < end; ++t) token(t, slots[t], table.of(0, t, scratch, angles), x.data());
     });

@@ -9,10 +9,10 @@ from mmkernels import checks
 def check_heads(op: str, name: str, heads: torch.Tensor, query: torch.Tensor) -> None:
     """Like ``query`` in all but the number of heads."""
     checks.like(op, name, heads, query, "query")
-    *tokens, _, d = query.shape
-    fits = heads.dim() == query.dim() and tuple(heads.shape[:-2]) == tuple(tokens)
-    if not fits or heads.shape[-1] != d:
-        checks.fail(op, name, list(heads.shape), f"{[*tokens, 'heads', d]} beside query")
+    given, expected = heads.shape, query.shape
+    if len(given) != len(expected) or given[:-2] != expected[:-2] or given[-1] != expected[-1]:
+        shape = [*expected[:-2], "heads", expected[-1]]
+        checks.fail(op, name, list(given), f"{shape} beside query")
 
 
 def check_table(
@@ -33,12 +33,13 @@ def check_table(
         )
         checks.fail(op, "inv_freq", list(inv_freq.shape), expected)
     _on_device(op, "inv_freq", inv_freq, query)
+    inv_freq = inv_freq if inv_freq.dtype == torch.float32 else inv_freq.float()
     if axis is None:
-        return inv_freq.float(), None
+        return inv_freq, None
     _integer(op, "axis", axis)
     checks.shape(op, "axis", axis, tuple(inv_freq.shape), "[r]")
     _on_device(op, "axis", axis, query)
-    return inv_freq.float(), axis.long()
+    return inv_freq, axis if axis.dtype == torch.int64 else axis.long()
 
 
 def positions_of(
@@ -48,6 +49,9 @@ def positions_of(
     _integer(op, "position_ids", position_ids)
     _on_device(op, "position_ids", position_ids, query)
     tokens = query.shape[:-2]
+    if axis is not None and position_ids.dtype == torch.int64 and position_ids.shape[1:] == tokens:
+        if position_ids.shape[0] > 0:
+            return position_ids, axis
     given, dims = position_ids.dim(), len(tokens)
     if given > dims + (axis is not None) or given == 0:
         more = "[A, ...] with axis" if axis is not None else "no rows of axes without axis"

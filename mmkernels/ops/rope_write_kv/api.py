@@ -94,7 +94,7 @@ def _check_cache(
     name: str, cache: torch.Tensor, key: torch.Tensor, key_cache: torch.Tensor
 ) -> None:
     heads, d = key.shape[1:]
-    if cache.dim() != 4 or tuple(cache.shape[2:]) != (heads, d) or cache.shape[1] == 0:
+    if cache.dim() != 4 or cache.shape[2:] != (heads, d) or cache.shape[1] == 0:
         expected = f"[pages, page_size, {heads}, {d}] with page_size > 0"
         checks.fail(_OP, name, list(cache.shape), expected)
     if cache.dtype != key_cache.dtype:
@@ -112,7 +112,9 @@ def _check_cache(
     if d > 1 and cache.stride(3) != 1:
         strides = f"strides {list(cache.stride())}"
         checks.fail(_OP, name, strides, "with its last dimension contiguous")
-    if any(s == 0 for s, n in zip(cache.stride(), cache.shape, strict=True) if n > 1):
+    if 0 in cache.stride() and any(
+        n > 1 for n, s in zip(cache.shape, cache.stride(), strict=True) if s == 0
+    ):
         checks.fail(_OP, name, f"strides {list(cache.stride())}", "without overlap")
 
 

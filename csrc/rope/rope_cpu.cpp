@@ -37,6 +37,13 @@ MMK_INLINE void turn_pairs(const Rotation<F>& t, const Load& load, const Store& 
   }
 }
 
+// The pairs, and the channels beyond them as they are.
+template <class F, class Load, class Store>
+MMK_INLINE void turn_all(const Rotation<F>& t, int64_t d, const Load& load, const Store& store) {
+  turn_pairs<F>(t, load, store);
+  for (int64_t c = 2 * t.pairs.count; c < d; ++c) store(c, load(c));
+}
+
 // One head as it is: read, turned, rounded, written.
 template <class T, class F = acc_t<T>>
 MMK_INLINE void head_body(T* __restrict out, const T* __restrict in, int64_t d, const Rotation<F>& t) {
@@ -56,7 +63,9 @@ MMK_INLINE double sum_of_squares(const F* __restrict x, int64_t n) {
       squares += patch_merge::load(x + i) * patch_merge::load(x + i);
     F lane[kLanes];
     memcpy(lane, &squares, sizeof lane);
+#pragma GCC unroll 8
     for (int64_t w = kLanes / 2; w > 0; w /= 2)
+#pragma GCC unroll 8
       for (int64_t l = 0; l < w; ++l) lane[l] += lane[l + w];
     sum += lane[0];
   }
@@ -70,15 +79,11 @@ MMK_INLINE void wide_head_body(T* __restrict out, F* __restrict y, F* __restrict
                                const Rotation<F>& t, const F* __restrict weight, double eps) {
   for (int64_t c = 0; c < d; ++c) x[c] = widen(in[c]);
   const F r = weight ? 1 / std::sqrt(static_cast<F>(sum_of_squares(x, d) / d + eps)) : F(1);
-  const auto all = [&](const auto& load, const auto& store) {
-    turn_pairs<F>(t, load, store);
-    for (int64_t c = 2 * t.pairs.count; c < d; ++c) store(c, load(c));
-  };
   const auto normed = [=](int64_t c) { return x[c] * r * weight[c]; };
   const auto both = [=](int64_t c, F value) { y[c] = value, out[c] = Convert<T>::from(value); };
-  if (y && weight) all(normed, both);
-  else if (y) all([=](int64_t c) { return x[c]; }, both);
-  else all(normed, [=](int64_t c, F value) { out[c] = Convert<T>::from(value); });
+  if (y && weight) turn_all(t, d, normed, both);
+  else if (y) turn_all(t, d, [=](int64_t c) { return x[c]; }, both);
+  else turn_all(t, d, normed, [=](int64_t c, F value) { out[c] = Convert<T>::from(value); });
 }
 
 template <class T, class F = acc_t<T>>

@@ -37,6 +37,9 @@ class _State:
 
 _state = _State()
 _triton_ops: set[str] = set()
+POLLS: list[
+    Callable[[int], None]
+] = []  # each raises the value error its CUDA kernels latched, if any
 _ran: list[tuple[str, str]] | None = None  # (op, kernel) while testing.which_kernel_ran() watches
 
 

@@ -76,6 +76,91 @@ template <> struct Stored<f8e4m3> {
   }
 };
 
+// V values read or written at once.
+template <class T, int V> struct alignas(sizeof(T) * V) Pack { T x[V]; };
+template <int V, class T> MMK_HD Pack<T, V> load_pack(const T* p) { return *reinterpret_cast<const Pack<T, V>*>(p); }
+template <int V, class T> MMK_HD void store_pack(T* p, const Pack<T, V>& v) { *reinterpret_cast<Pack<T, V>*>(p) = v; }
+
+// A head on a GPU: units of V pairs, then units of V channels that do not turn; a lane takes some of them.
+template <class T, class C> struct Row {
+  const T* in;
+  T* out;           // null: a value, which is only stored
+  C* cache;         // null: no slot
+  const T* weight;  // [d], or null: no norm
+  float scale;      // of the cache, if it is int8 or f8e4m3
+  int64_t d;
+  Pairs pairs;
+
+  MMK_HD int64_t pair_units(int V) const { return out ? pairs.count / V : 0; }
+  MMK_HD int64_t units(int V) const { return out ? pair_units(V) + (d - 2 * pairs.count) / V : d / V; }
+  // The first channels of a unit's one or two packs.
+  MMK_HD int64_t first(int64_t unit, int V) const {
+    if (unit >= pair_units(V)) return (out ? 2 * pairs.count : 0) + (unit - pair_units(V)) * V;
+    return pairs.adjacent ? 2 * unit * V : unit * V;
+  }
+  MMK_HD int64_t second(int64_t unit, int V) const { return first(unit, V) + (pairs.adjacent ? V : pairs.count); }
+};
+
+template <class C> struct IsScaled { static constexpr bool value = false; };
+template <> struct IsScaled<int8_t> { static constexpr bool value = true; };
+template <> struct IsScaled<f8e4m3> { static constexpr bool value = true; };
+
+template <int V, class T, class C>
+MMK_HD acc_t<T> squares_of_unit(const Row<T, C>& row, int64_t unit) {
+  acc_t<T> sum = 0;
+  const Pack<T, V> a = load_pack<V>(row.in + row.first(unit, V));
+  for (int j = 0; j < V; ++j) sum += widen(a.x[j]) * widen(a.x[j]);
+  if (unit >= row.pair_units(V)) return sum;
+  const Pack<T, V> b = load_pack<V>(row.in + row.second(unit, V));
+  for (int j = 0; j < V; ++j) sum += widen(b.x[j]) * widen(b.x[j]);
+  return sum;
+}
+
+template <int V, class T, class C>
+MMK_HD void write_pack(const Row<T, C>& row, int64_t channel, const acc_t<T>* x) {
+  if (row.out) {
+    Pack<T, V> rounded;
+    for (int j = 0; j < V; ++j) rounded.x[j] = Convert<T>::from(x[j]);
+    store_pack<V>(row.out + channel, rounded);
+  }
+  if (!row.cache) return;
+  Pack<C, V> kept;
+  for (int j = 0; j < V; ++j)
+    kept.x[j] = Stored<C>::from(IsScaled<C>::value ? static_cast<acc_t<T>>(static_cast<float>(x[j]) / row.scale) : x[j]);
+  store_pack<V>(row.cache + channel, kept);
+}
+
+// The tables are of pairs; r is 1 without a norm.
+template <int V, class T, class C, class F = acc_t<T>>
+MMK_HD void turn_unit(const Row<T, C>& row, int64_t unit, F r, const F* ca, const F* sa, const F* cb, const F* sb) {
+  F x[2 * V], y[2 * V];
+  const bool turns = unit < row.pair_units(V);
+  for (int side = 0; side < 2; ++side) {
+    if (side && !turns) break;
+    const int64_t channel = side ? row.second(unit, V) : row.first(unit, V);
+    const Pack<T, V> in = load_pack<V>(row.in + channel);
+    for (int j = 0; j < V; ++j) x[side * V + j] = widen(in.x[j]);
+    if (!row.weight) continue;
+    const Pack<T, V> weight = load_pack<V>(row.weight + channel);
+    for (int j = 0; j < V; ++j) x[side * V + j] = x[side * V + j] * r * widen(weight.x[j]);
+  }
+  if (!turns) return write_pack<V>(row, row.first(unit, V), x);
+  const int64_t i = unit * V;
+  if (row.pairs.adjacent) {
+    for (int j = 0; j < V; ++j) {
+      const Pair<F> p = turned(x[2 * j], x[2 * j + 1], ca[i + j], sa[i + j], cb[i + j], sb[i + j]);
+      y[2 * j] = p.a, y[2 * j + 1] = p.b;
+    }
+  } else {
+    for (int j = 0; j < V; ++j) {
+      const Pair<F> p = turned(x[j], x[V + j], ca[i + j], sa[i + j], cb[i + j], sb[i + j]);
+      y[j] = p.a, y[V + j] = p.b;
+    }
+  }
+  write_pack<V>(row, row.first(unit, V), y);
+  write_pack<V>(row, row.second(unit, V), y + V);
+}
+
 // Where heads lie: [tokens or batch × length, heads, d], in elements; d is contiguous.
 struct Heads {
   const void* data;

@@ -7,7 +7,7 @@
 
 #include "../common/aten.h"
 #include "../patch_merge/patch_merge.h"
-#include "rope.h"
+#include "arguments.h"
 
 namespace mmkernels::rope {
 namespace {
@@ -217,31 +217,6 @@ class Table {
   std::vector<int32_t> axis_[2];
 };
 
-Heads heads_of(const Tensor& t) {  // [B, L, heads, d] or [T, heads, d]
-  const int64_t n = t.dim();
-  return {t.data_ptr(), t.size(n - 2), n == 4 ? t.stride(0) : 0, t.stride(n - 3), t.stride(n - 2)};
-}
-
-Tensor readable(const Tensor& t) {
-  return t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1 ? torch::stable::contiguous(t) : t;
-}
-
-void check(const std::string& op, const Tensor& query, const Tensor& key, const Tensor& positions,
-           const Tensor& inv_freq, const OptionalTensor& axis, int64_t dims) {
-  if (query.dim() != dims || key.dim() != dims) fail(op, ": query and key must have ", dims, " dimensions");
-  const int64_t d = query.size(dims - 1), r = inv_freq.dim() == 1 ? inv_freq.size(0) : -1;
-  for (int64_t i = 0; i < dims; ++i)
-    if (i != dims - 2 && query.size(i) != key.size(i)) fail(op, ": key must be as query but for its heads");
-  if (key.scalar_type() != query.scalar_type()) fail(op, ": key must be of the dtype of query");
-  if (r < 0 || r % 2 || r > d || inv_freq.scalar_type() != ScalarType::Float)
-    fail(op, ": inv_freq must be float32 [r], r even and at most ", d);
-  if (axis && (axis->dim() != 1 || axis->size(0) != r || axis->scalar_type() != ScalarType::Long))
-    fail(op, ": axis must be int64 [", r, "]");
-  bool fits = positions.dim() == dims - 1 && positions.scalar_type() == ScalarType::Long && positions.size(0) > 0;
-  for (int64_t i = 0; fits && i + 2 < dims; ++i) fits = positions.size(i + 1) == query.size(i);
-  if (!fits) fail(op, ": position_ids must be int64 [A, ", dims == 4 ? "B, L]" : "T]", " with A > 0");
-}
-
 int64_t grain(int64_t row) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, row)); }
 
 template <class T>
@@ -291,8 +266,7 @@ std::vector<int64_t> numbers_of(const Tensor& t) {
   const Tensor flat = torch::stable::contiguous(t);
   std::vector<int64_t> found(t.numel());
   if (t.scalar_type() == ScalarType::Long) std::copy_n(data<int64_t>(flat), found.size(), found.begin());
-  else if (t.scalar_type() == ScalarType::Int) std::copy_n(data<int32_t>(flat), found.size(), found.begin());
-  else fail("rope_write_kv: slot_mapping must be int64 or int32");
+  else std::copy_n(data<int32_t>(flat), found.size(), found.begin());
   return found;
 }
 
@@ -316,14 +290,6 @@ void check_slots(const std::vector<int64_t>& slots, int64_t count) {
   }
 }
 
-Cache cache_of(const char* name, const Tensor& t, const Tensor& key, const Tensor& like) {
-  bool fits = t.dim() == 4 && t.scalar_type() == like.scalar_type() && t.size(1) > 0 && t.size(2) == key.size(1) && t.size(3) == key.size(2);
-  for (int64_t i = 0; fits && i < 4; ++i) fits = t.size(i) == like.size(i);
-  if (!fits) fail("rope_write_kv: ", name, " must be [pages, page_size, kv_heads, d], both caches of one shape and dtype");
-  if (t.size(3) > 1 && t.stride(3) != 1) fail("rope_write_kv: ", name, " must be with its last dimension contiguous");
-  return {t.data_ptr(), t.size(1), t.size(0) * t.size(1), t.stride(0), t.stride(1), t.stride(2)};
-}
-
 // Calls f with a null pointer of what the caches hold.
 template <class F>
 void dispatch_cache(const Tensor& cache, bool scaled, const F& f) {
@@ -338,7 +304,6 @@ void dispatch_cache(const Tensor& cache, bool scaled, const F& f) {
 template <class T>
 std::vector<acc_t<T>> weights_of(const OptionalTensor& t, int64_t d) {
   if (!t) return {};
-  if (t->dim() != 1 || t->size(0) != d) fail("rope_write_kv: q_norm and k_norm must be [", d, "]");
   const Tensor flat = torch::stable::contiguous(*t);
   std::vector<acc_t<T>> found(d);
   for (int64_t c = 0; c < d; ++c) found[c] = widen(data<T>(flat)[c]);
@@ -347,8 +312,6 @@ std::vector<acc_t<T>> weights_of(const OptionalTensor& t, int64_t d) {
 
 std::vector<float> scales_of(const OptionalTensor& t, int64_t heads) {
   if (!t) return std::vector<float>(heads, 1.0f);
-  if (t->dim() != 1 || t->size(0) != heads || t->scalar_type() != ScalarType::Float)
-    fail("rope_write_kv: k_scale and v_scale must be float32 [", heads, "]");
   const Tensor flat = torch::stable::contiguous(*t);
   return {data<float>(flat), data<float>(flat) + heads};
 }
@@ -411,12 +374,7 @@ std::tuple<Tensor, Tensor> rope_write_kv(
     std::string pairing, double scaling, const OptionalTensor& q_norm, const OptionalTensor& k_norm, double eps,
     const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
   check("rope_write_kv", query_, key_, positions, inv_freq, axis, 3);
-  bool fits = value_.dim() == 3 && value_.scalar_type() == key_.scalar_type() && slot_mapping.dim() == 1 &&
-              slot_mapping.size(0) == query_.size(0);
-  for (int64_t i = 0; fits && i < 3; ++i) fits = value_.size(i) == key_.size(i);
-  for (const OptionalTensor* t : {&q_norm, &k_norm}) fits = fits && (!*t || (*t)->scalar_type() == key_.scalar_type());
-  if (!fits) fail("rope_write_kv: value must be as key, slot_mapping [T], norms of the dtype of query");
-  if (k_scale.has_value() != v_scale.has_value()) fail("rope_write_kv: v_scale must be given with k_scale");
+  check_written(query_, key_, value_, slot_mapping, q_norm, k_norm, k_scale, v_scale);
   const Cache keys = cache_of("key_cache", key_cache, key_, key_cache);
   const Cache values = cache_of("value_cache", value_cache, key_, key_cache);
   const Table table("rope_write_kv", positions, inv_freq, axis, pairing, scaling, false);

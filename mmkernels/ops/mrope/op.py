@@ -50,3 +50,19 @@ def _backward(
 
 
 backends.differentiable("mrope", _backward, _save)
+
+
+def _poll(device: int) -> None:
+    """Of all rotary ops, whose kernel is one."""
+    if not hasattr(torch.ops.mmkernels, "rope_poll"):
+        return  # without the CUDA kernel the reference has checked already
+    kind, where, value, limit = torch.ops.mmkernels.rope_poll(device)
+    if kind == 1:
+        expected = f"a slot in [0, {limit}) or -1 (skipped)"
+        raise ValueError(f"rope_write_kv: slot_mapping[{where}] is {value}, expected {expected}")
+    if kind == 2:
+        expected = f"a row of position_ids in [0, {limit})"
+        raise ValueError(f"mrope: axis[{where}] is {value}, expected {expected}")
+
+
+backends.POLLS.append(_poll)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from mmkernels import backends, mrope, rope_write_kv
+from mmkernels import backends, mrope, poll_errors, rope_write_kv
 from mmkernels.ops.rope_write_kv import cases, reference
 from mmkernels.testing import Case, captured_calls, in_fp64, which_kernel_ran
 from mmkernels.testing.case import Inputs
@@ -330,6 +330,49 @@ def test_cuda_shapes_without_a_gpu() -> None:
         }
         query, key = rope_write_kv(**fake)
     assert query.device.type == key.device.type == "cuda" and query.shape == inputs["query"].shape
+
+
+def test_what_a_gpu_found_wrong_is_raised_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"slot": [1, 5, 99, 64], "axis": [2, 7, -1, 3], "nothing": [0, 0, 0, 0]}
+    messages = {
+        "slot": r"rope_write_kv: slot_mapping\[5\] is 99, expected a slot in \[0, 64\)",
+        "axis": r"mrope: axis\[7\] is -1, expected a row of position_ids in \[0, 3\)",
+    }
+    for name, word in found.items():
+        monkeypatch.setattr(
+            torch.ops.mmkernels, "rope_poll", lambda device, w=word: w, raising=False
+        )
+        if name == "nothing":
+            poll_errors("cuda:0")
+            continue
+        with pytest.raises(ValueError, match=messages[name]):
+            poll_errors("cuda:0")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", WRITE)
+def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    if case.cache in ("fp32", "bf16", "fp16") and cases.DTYPES[case.cache] != dtype:
+        pytest.skip("on CUDA a float cache is of the key's dtype")
+    inputs = cases.make_inputs(case, dtype)
+    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    with which_kernel_ran() as ran:
+        got = {n: t.cpu() for n, t in cases.results(moved).items()}
+    assert ran == {"rope_write_kv": "native"}
+    failed = [c for c in cases.compared(inputs, got) if not c.ratio <= 1]
+    assert not failed, "; ".join(map(str, failed))
+    if not case.T:
+        return
+    moved = poisoned(moved)
+    moved["slot_mapping"] = torch.full_like(moved["slot_mapping"], -1)
+    moved["slot_mapping"][-1] = moved["key_cache"].shape[0] * case.page
+    before = moved["key_cache"].clone()
+    cases.run(moved)
+    assert torch.equal(bits(moved["key_cache"]), bits(before))
+    with pytest.raises(ValueError, match=r"rope_write_kv: slot_mapping\[\d+\] is"):
+        poll_errors()
 
 
 def test_the_op_itself_refuses_what_would_leave_its_memory() -> None:

@@ -23,7 +23,7 @@ MMK_HD float angle_of(int64_t position, float inv_freq) { return static_cast<flo
 
 struct CosSin { double cos, sin; };
 
-constexpr double kLargestAngle = 4.0e8;  // beyond it the reduction below has no exact first part
+constexpr double kLargestAngle = 4.0e8;  // beyond it the reduction on the host has no exact first part
 
 // Good to 2^-34 of each value, so that one rounding to fp32 follows. Reduction and polynomials are those of FreeBSD's
 // msun (k_sinf.c, k_cosf.c, e_rem_pio2f.c; Sun Microsystems 1993); without a branch, so that compilers vectorise it.
@@ -32,7 +32,11 @@ MMK_HD CosSin cos_sin(double angle) {
   const double n = shifted - 6755399441055744.0;
   uint64_t quadrant;
   memcpy(&quadrant, &shifted, 8);
+#ifdef __CUDA_ARCH__  // products of any size, exact: good to 10^15
+  const double x = fma(-n, 6.123233995736766e-17, fma(-n, 1.5707963267948966, angle)), z = x * x, w = z * z;
+#else
   const double x = (angle - n * 1.57079631090164184570) - n * 1.58932547735281966916e-08, z = x * x, w = z * z;
+#endif
   const double sine = (x + z * x * (-0.16666666641626524 + z * 0.008333329385889463)) +
                       z * x * w * (-0.00019839334836096632 + z * 2.718311493989822e-06);
   const double cosine = ((1.0 + z * -0.499999997251031) + w * 0.04166662332373906) +

@@ -25,9 +25,7 @@ __device__ void angle_to(const Args& a, int64_t b, int64_t l, int64_t channel, F
   float angle = 0;
   if (axis < 0 || axis >= a.A) latch(2, channel, axis, a.A);
   else angle = angle_of(a.positions[axis * a.stride_a + b * a.stride_b + l * a.stride_l], a.inv_freq[channel]);
-  CosSin t;
-  if (sizeof(F) == 8 || fabsf(angle) >= kLargestAngle) sincos(static_cast<double>(angle), &t.sin, &t.cos);
-  else t = cos_sin(angle);
+  const CosSin t = cos_sin(angle);
   *cos_to = static_cast<F>(t.cos * a.scaling);
   *sin_to = static_cast<F>((a.transposed ? -t.sin : t.sin) * a.scaling);
 }

@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
     print("kernels:")
     for op, devices in found["kernels"].items():
         for device, both in devices.items():
-            print(f"  {op:17} {device:5} forward: {both['forward']}; backward: {both['backward']}")
+            print(f"  {op:17} {device:5} " + "; ".join(f"{k}: {v}" for k, v in both.items()))
     print(verdict())
     return 0
 

@@ -40,7 +40,7 @@ TOO_SLOW = ("qwen2_vl_still", "qwen3_vl_still")
 CHECK_AT_MOST = {"B": 2, "L": 1024, "V": 2048}  # sizes the bound is checked on
 CHECK_QUICKLY = {"B": 1, "L": 256, "V": 512, "n": 64}
 Step = Callable[[Inputs], tuple[torch.Tensor, ...]]
-Function = Callable[[Inputs], torch.Tensor]
+Function = Callable[[Inputs], torch.Tensor | tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ def _directions(op: str, case: Case) -> list[tuple[str, str]]:
     if getattr(cases_of(op).run, "inference_only", False):
         return [("fwd", "")]
     found = [(direction, "") for direction in DIRECTIONS]
+    if hasattr(cases_of(op), "compared"):  # no gradient
+        return found[:1]
     frozen = FROZEN.get((op, case.name))
     return [*found, ("fwdbwd", frozen)] if frozen else found
 
@@ -143,6 +145,10 @@ def check(job: Job, options: Options) -> Checked:
     limits = CHECK_QUICKLY if options.quick_check else CHECK_AT_MOST
     case = smaller(job.case, make_inputs(job, job.case), limits)
     inputs = make_inputs(job, case)
+    changed = {k: v for k, v in case.sizes.items() if v != job.case.sizes[k]}
+    sizes = ", ".join(f"{k}={v}" for k, v in changed.items())
+    if hasattr(cases, "compared"):
+        return _check_forward(cases, inputs, sizes)
     grad = yardstick.upstream(cases.run(inputs))
     got = gradients(cases.run, inputs, grad=grad)
     comparisons = yardstick.check(cases, inputs, got, grad)
@@ -154,8 +160,16 @@ def check(job: Job, options: Options) -> Checked:
     if _algorithm(job, inputs) == "projected":  # torch's own path: it rounds K and V, as eager does
         bound = "1.25× eager's error"
         comparisons = [_against_eager(c, errors[c.name]) for c in comparisons]
-    changed = {k: v for k, v in case.sizes.items() if v != job.case.sizes[k]}
-    return Checked(comparisons, errors, bound, ", ".join(f"{k}={v}" for k, v in changed.items()))
+    return Checked(comparisons, errors, bound, sizes)
+
+
+def _check_forward(cases: ModuleType, inputs: Inputs, sizes: str) -> Checked:
+    """Of an op without a gradient: the worst of what it returns and writes answers for its output."""
+    found = cases.compared(inputs, cases.results(inputs))
+    worst = max(found, key=lambda c: float("inf") if math.isnan(c.ratio) else c.ratio)
+    theirs = cases.results(inputs, cases.APART["eager"])[worst.name]
+    error = _largest_error(theirs, cases.reference_results(inputs)[worst.name])
+    return Checked([replace(worst, name="out")], {"out": error}, "TOLERANCES.md", sizes)
 
 
 def _largest_error(got: torch.Tensor, reference: torch.Tensor) -> float:
@@ -185,23 +199,27 @@ def _kernel(step: Step, inputs: Inputs) -> str:
 def step_of(run: Function, job: Job) -> Step:
     """One forward, or one forward and backward, as a function of the inputs; returns what it made."""
     if job.direction == "fwd":
-        return lambda inputs: (_without_grad(run, inputs),)
+        return lambda inputs: _without_grad(run, inputs)
     grads: list[torch.Tensor] = []
 
     def step(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        out = run(inputs)
+        outs = _outputs(run(inputs))
         if not grads:
-            grads.append(yardstick.upstream(out))
+            grads.extend(map(yardstick.upstream, outs))
         wanted = [t for t in leaves(inputs).values() if t.requires_grad]
-        found = torch.autograd.grad(out, wanted, grads[0], allow_unused=True)
-        return (out.detach(), *(g for g in found if g is not None))
+        found = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
+        return (*(out.detach() for out in outs), *(g for g in found if g is not None))
 
     return step
 
 
-def _without_grad(run: Function, inputs: Inputs) -> torch.Tensor:
+def _outputs(out: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _without_grad(run: Function, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     with torch.no_grad():
-        return run(inputs)
+        return _outputs(run(inputs))
 
 
 def trainable(inputs: Inputs, frozen: str) -> Inputs:
@@ -217,6 +235,7 @@ def variants(job: Job, inputs: Inputs, algorithm: str, compiled: bool) -> dict[s
         "ours": cases.run,
         "eager": cases.eager,
         "library": cases.library,
+        **getattr(cases, "APART", {}),
     }
     if algorithm:
         other = "projected" if algorithm == "absorbed" else "absorbed"
@@ -224,7 +243,7 @@ def variants(job: Job, inputs: Inputs, algorithm: str, compiled: bool) -> dict[s
     if compiled and not getattr(cases, "EXACT", False):  # a loop over lists is nothing to compile
         torch.compiler.reset()
         mode = "max-autotune-no-cudagraphs" if job.device == "cuda" else "default"
-        functions["compile"] = torch.compile(cases.eager, dynamic=False, mode=mode)
+        functions["compile"] = torch.compile(functions["eager"], dynamic=False, mode=mode)
     if job.direction == "fwd" and hasattr(cases, "ceiling"):
         prepared = dict(inputs)
         cases.prepare_ceiling(prepared)

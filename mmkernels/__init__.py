@@ -7,8 +7,10 @@ from mmkernels.ops import (
     Norm,
     PackedPatches,
     PackPlan,
+    RopeTable,
     cross_attention,
     merge_embeddings,
+    mrope,
     mrope_positions,
     pack_bins,
     pack_embeddings,
@@ -17,6 +19,8 @@ from mmkernels.ops import (
     patch_merge,
     plan_pack,
     poll_errors,
+    rope_table,
+    rope_write_kv,
 )
 from mmkernels.version import __version__
 
@@ -27,10 +31,12 @@ __all__ = [
     "Norm",
     "PackPlan",
     "PackedPatches",
+    "RopeTable",
     "__version__",
     "backend",
     "cross_attention",
     "merge_embeddings",
+    "mrope",
     "mrope_positions",
     "pack_bins",
     "pack_embeddings",
@@ -39,4 +45,6 @@ __all__ = [
     "patch_merge",
     "plan_pack",
     "poll_errors",
+    "rope_table",
+    "rope_write_kv",
 ]

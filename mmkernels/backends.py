@@ -37,6 +37,9 @@ class _State:
 
 _state = _State()
 _triton_ops: set[str] = set()
+POLLS: list[
+    Callable[[int], None]
+] = []  # each raises the value error its CUDA kernels latched, if any
 _ran: list[tuple[str, str]] | None = None  # (op, kernel) while testing.which_kernel_ran() watches
 
 
@@ -116,9 +119,22 @@ def define(
     LIB.impl(name, _recorded_reference(name, reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmkernels::{name}", fake, lib=LIB)
     op = Op(name, getattr(torch.ops.mmkernels, name).default, reference, autocast_skip)
+    if "!" in schema:
+        LIB.impl(name, _version_rule(op.overload), "ADInplaceOrView", with_keyset=True)
     for device, key in _AUTOCAST_KEYS.items():
         LIB.impl(name, _autocast_rule(op, device, key), key)
     return op
+
+
+def _version_rule(overload: Any) -> Callable[..., Any]:
+    """Counts what the op writes, so that autograd notices where it had been saved."""
+    written = [i for i, a in enumerate(overload._schema.arguments) if a.is_write]
+
+    def rule(keyset: Any, *args: Any) -> Any:
+        torch.autograd.graph.increment_version([args[i] for i in written])
+        return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    return rule
 
 
 def differentiable(

@@ -35,3 +35,9 @@ def like(op: str, argument: str, tensor: torch.Tensor, other: torch.Tensor, name
     floating(op, argument, tensor)
     if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
         fail(op, argument, tensor.dtype, f"of the dtype of {name}, {other.dtype}")
+
+
+def as_value_error(op: str, error: RuntimeError) -> Exception:
+    """What the stable ABI, which can only throw RuntimeError, says of a wrong value: a ValueError, as elsewhere."""
+    text = str(error)
+    return ValueError(text.splitlines()[0]) if text.startswith(f"{op}: ") else error

@@ -7,7 +7,7 @@ import importlib
 import torch
 
 from mmkernels import OPS, info
-from mmkernels.testing import gradients, which_kernel_ran, yardstick
+from mmkernels.testing import which_kernel_ran, yardstick
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,11 +40,10 @@ def examine(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     for case in [c for c in cases.CASES if "test" in c.tags][:6]:
         inputs = cases.make_inputs(case, dtype, device)
         try:
-            grad = yardstick.upstream(cases.run(inputs))
             with which_kernel_ran() as ran:
-                got = gradients(cases.run, inputs, grad=grad)
+                cases.run(inputs)
             kernel = ran.get(op, "?")
-            for comparison in yardstick.check(cases, inputs, got, grad):
+            for comparison in yardstick.examined(cases, inputs)[1]:
                 if not comparison.ratio <= 1:
                     return f"case {case.name}, {comparison}", kernel
         except Exception as error:  # a doctor reports, whatever the illness

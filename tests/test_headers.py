@@ -154,3 +154,83 @@ def test_the_cuda_row_body_moves_every_byte(headers: Any) -> None:
         )
         got = headers.merge_rows(text, [f for f in features], source, row_bytes, offset)
         assert got == expected, (row_bytes, offset)
+
+
+def test_what_caches_hold_is_torchs(headers: Any) -> None:
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2**32, 20_000, dtype=np.uint64).astype(np.uint32)
+    halves = np.arange(-300, 300, dtype=np.float32) / 2
+    small = (
+        np.arange(-400, 400, dtype=np.float32) * 2.0**-11
+    )  # beside and between float8's denormals
+    edges = np.array([447.9, 448.0, 464.0, 1e9, np.inf, -np.inf, 0.0, -0.0, 1e-9], np.float32)
+    values = np.concatenate([bits.view(np.float32), halves, small, edges])
+    wide = torch.from_numpy(values)
+    whole = wide.round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8)
+    assert [headers.rope_int8(float(v)) for v in values] == whole.tolist()
+    eighth = wide.clamp(-448, 448).to(torch.float8_e4m3fn)
+    got = torch.tensor([headers.rope_f8(float(v)) for v in values], dtype=torch.uint8)
+    nan = wide.isnan()
+    assert torch.equal(got[~nan], eighth.view(torch.uint8)[~nan])
+    assert got[nan].view(torch.float8_e4m3fn).float().isnan().all()
+
+
+def test_cos_and_sin_are_good_beyond_fp32(headers: Any) -> None:
+    rng = np.random.default_rng(0)
+    for reach in (1.0, 100.0, 1e4, 1e6, 3.9e8):
+        for angle in rng.uniform(-reach, reach, 2000).astype(np.float32).astype(np.float64):
+            cos, sin = headers.rope_cos_sin(angle)
+            assert abs(cos - np.cos(angle)) <= 2.0**-33 * abs(np.cos(angle)) + 1e-15
+            assert abs(sin - np.sin(angle)) <= 2.0**-33 * abs(np.sin(angle)) + 1e-15
+
+
+@pytest.mark.parametrize("adjacent", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("d", "pairs"), [(128, 64), (96, 24), (32, 16), (16, 0)])
+def test_the_cuda_body_of_a_head_is_the_reference(
+    headers: Any, d: int, pairs: int, normed: bool, adjacent: bool
+) -> None:
+    from mmkernels.ops.mrope.reference import rotated
+    from mmkernels.ops.rope_write_kv.reference import _normed, stored
+
+    g = torch.Generator().manual_seed(d)
+    angle = torch.rand(2 * pairs, generator=g) * 6
+    order = (
+        torch.arange(2 * pairs).view(-1, 2).T if adjacent else torch.arange(2 * pairs).view(2, -1)
+    )
+    tables = [t[side].tolist() for side in order for t in (angle.cos(), angle.sin())]
+    kinds = {"f32_4": torch.float32, "f32_1": torch.float32, "bf16_8": torch.bfloat16, "bf16_1": torch.bfloat16,
+             "f32_int8_4": torch.int8, "f32_f8_1": torch.float8_e4m3fn}  # fmt: skip
+    none = np.zeros(0, np.float32)
+    for kind, cache_dtype in kinds.items():
+        dtype = torch.bfloat16 if "bf16" in kind else torch.float32
+        x, weight = (torch.randn(d, generator=g).to(dtype) for _ in range(2))
+        numbers = lambda t: t.view(torch.int16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
+        for is_value, lanes in itertools.product((False, True), (1, 2, 8, 32)):
+            out, cache = (
+                torch.empty(0 if is_value else d, dtype=dtype),
+                torch.empty(d, dtype=cache_dtype),
+            )
+            held = cache.view(torch.uint8) if cache_dtype.itemsize == 1 else cache
+            w = numbers(weight) if normed and not is_value else none
+            getattr(headers, f"rope_head_{kind}")(
+                numbers(x), numbers(out), numbers(held), w, tables, adjacent, 0.03, 1e-6, lanes
+            )
+            written = x.float()
+            if not is_value:
+                y = _normed(x, weight, 1e-6, torch.float32) if normed else x.float()
+                pairing = "adjacent" if adjacent else "half"
+                y = rotated(y[None], angle.cos(), angle.sin(), pairing)[0]
+                unit = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+                assert (out.float() - y).abs().max() <= unit * y.abs().max(), kind
+                written = out.float()
+            scale = torch.tensor([0.03]) if cache_dtype.itemsize == 1 else None
+            expected = stored(written[None, None], cache_dtype, scale)[0, 0]
+            assert torch.equal(cache.view(torch.uint8), expected.view(torch.uint8)), (kind, lanes)
+
+
+def test_slots_beyond_32_bits(headers: Any) -> None:
+    assert (
+        headers.rope_slot(16, [2**33, 2**20, 128], 16 * 5 + 3, 7) == 5 * 2**33 + 3 * 2**20 + 7 * 128
+    )
+    assert headers.rope_slot(1, [8, 0, 1], 2**40, 0) == 2**43

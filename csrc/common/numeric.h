@@ -28,13 +28,12 @@ template <> struct Convert<f16> {
   // Adding a power of two far above x lets the fp32 adder do the rounding (as in Marat Dukhan's FP16).
   MMK_HD static f16 from(float x) {
     const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, shifted = u + u;
-    float base = ((x < 0 ? -x : x) * bits_float(0x77800000u)) * bits_float(0x08800000u);
-    uint32_t bias = shifted & 0xff000000u;
-    if (bias < 0x71000000u) bias = 0x71000000u;
+    float base = (bits_float(u & 0x7fffffffu) * bits_float(0x77800000u)) * bits_float(0x08800000u);
+    const uint32_t exponent = shifted & 0xff000000u, bias = exponent < 0x71000000u ? 0x71000000u : exponent;
     base = bits_float((bias >> 1) + 0x07800000u) + base;
     const uint32_t r = float_bits(base);
-    const uint32_t magnitude = ((r >> 13) & 0x7c00u) + (r & 0x0fffu);
-    return {static_cast<uint16_t>(sign | (shifted > 0xff000000u ? 0x7e00u : magnitude))};
+    const uint32_t magnitude = ((r >> 13) & 0x7c00u) + (r & 0x0fffu), is_nan = 0u - (shifted > 0xff000000u);
+    return {static_cast<uint16_t>(sign | (0x7e00u & is_nan) | (magnitude & ~is_nan))};
   }
 };
 
@@ -46,7 +45,8 @@ MMK_HD float widen(f16 x) {
   const uint32_t w = static_cast<uint32_t>(x.bits) << 16, sign = w & 0x80000000u, two_w = w + w;
   const float normal = bits_float((two_w >> 4) + (0xe0u << 23)) * bits_float(0x07800000u);
   const float tiny = bits_float((two_w >> 17) | (126u << 23)) - 0.5f;
-  return bits_float(sign | (two_w < (1u << 27) ? float_bits(tiny) : float_bits(normal)));
+  const uint32_t is_tiny = 0u - (two_w < (1u << 27));  // a mask, as compilers do not vectorise the choice of a float
+  return bits_float(sign | (float_bits(tiny) & is_tiny) | (float_bits(normal) & ~is_tiny));
 }
 
 // The type sums of T run in.

@@ -11,6 +11,7 @@
 #include "../merge_embeddings/merge_embeddings.h"
 #include "../patch_embed/patch_embed.h"
 #include "../patch_embed/positions.h"
+#include "../rope/rope.h"
 
 namespace py = pybind11;
 using namespace mmkernels;
@@ -104,6 +105,40 @@ static void patch_embed_bindings(py::module_& m) {
   });
 }
 
+// A head as the CUDA kernel turns, norms and stores it: `lanes` of them, units of V. Empty: no weight, no output, no cache.
+template <class T, class C, int V>
+static void rope_head(py::array in, py::array out, py::array cache, py::array weight, std::vector<std::vector<float>> t,
+                      bool adjacent, float scale, float eps, int64_t lanes) {
+  const auto of = [](py::array& a, auto* tag) { return a.size() ? static_cast<decltype(tag)>(a.mutable_data()) : nullptr; };
+  const rope::Row<T, C> row{of(in, (T*)nullptr), of(out, (T*)nullptr), of(cache, (C*)nullptr), of(weight, (T*)nullptr),
+                            scale, in.size(), {static_cast<int64_t>(t[0].size()), adjacent}};
+  float squares = 0;
+  for (int64_t lane = 0; lane < lanes; ++lane)
+    for (int64_t u = lane; u < row.units(V); u += lanes) squares += rope::squares_of_unit<V>(row, u);
+  const float r = row.weight ? 1 / std::sqrt(squares / row.d + eps) : 1;
+  for (int64_t lane = lanes - 1; lane >= 0; --lane)
+    for (int64_t u = lane; u < row.units(V); u += lanes)
+      rope::turn_unit<V>(row, u, r, t[0].data(), t[1].data(), t[2].data(), t[3].data());
+}
+
+static void rope_bindings(py::module_& m) {
+  m.def("rope_cos_sin", [](double angle) {
+    const rope::CosSin t = rope::cos_sin(angle);
+    return std::make_pair(t.cos, t.sin);
+  });
+  m.def("rope_int8", [](float x) { return rope::Stored<int8_t>::from(x); });
+  m.def("rope_f8", [](float x) { return rope::Stored<rope::f8e4m3>::from(x).bits; });
+  m.def("rope_head_f32_4", &rope_head<float, float, 4>);
+  m.def("rope_head_f32_1", &rope_head<float, float, 1>);
+  m.def("rope_head_bf16_8", &rope_head<bf16, bf16, 8>);
+  m.def("rope_head_bf16_1", &rope_head<bf16, bf16, 1>);
+  m.def("rope_head_f32_int8_4", &rope_head<float, int8_t, 4>);
+  m.def("rope_head_f32_f8_1", &rope_head<float, rope::f8e4m3, 1>);
+  m.def("rope_slot", [](int64_t page_size, std::vector<int64_t> strides, int64_t slot, int64_t h) {
+    return rope::Cache{nullptr, page_size, 0, strides[0], strides[1], strides[2]}.row(slot, h);
+  });
+}
+
 PYBIND11_MODULE(mmkernels_headers, m) {
   m.def("merge_rows", [](py::bytes text, std::vector<std::string> features, std::vector<int64_t> source,
                          int64_t row_bytes, int64_t offset) {
@@ -124,4 +159,5 @@ PYBIND11_MODULE(mmkernels_headers, m) {
   bind_pack<double, double>(m, "f64_from_f64");
   bind_pack<bf16, bf16>(m, "bf16_from_bf16");
   patch_embed_bindings(m);
+  rope_bindings(m);
 }

@@ -4,10 +4,12 @@
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
 from mmkernels.ops.mrope_positions import mrope_positions
+from mmkernels.ops.mrope import RopeTable, mrope, rope_table
 from mmkernels.ops.norm import Norm
 from mmkernels.ops.pack_embeddings import PackPlan, pack_bins, pack_embeddings, plan_pack
 from mmkernels.ops.patch_embed import PackedPatches, patch_embed, patch_embed_packed
 from mmkernels.ops.patch_merge import patch_merge
+from mmkernels.ops.rope_write_kv import rope_write_kv
 
 OPS = (
     "patch_embed",
@@ -17,14 +19,19 @@ OPS = (
     "pack_embeddings",
     "mrope_positions",
 )
+    "patch_embed", "cross_attention", "merge_embeddings", "patch_merge",
+    "mrope", "rope_write_kv",
+)  # fmt: skip
 
 __all__ = [
     "OPS",
     "Norm",
     "PackPlan",
     "PackedPatches",
+    "RopeTable",
     "cross_attention",
     "merge_embeddings",
+    "mrope",
     "mrope_positions",
     "pack_bins",
     "pack_embeddings",
@@ -33,4 +40,6 @@ __all__ = [
     "patch_merge",
     "plan_pack",
     "poll_errors",
+    "rope_table",
+    "rope_write_kv",
 ]

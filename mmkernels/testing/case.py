@@ -12,6 +12,10 @@ Every ``cases.py`` exports:
   if its contract says it rounds twice.
 - ``traffic(inputs) -> (bytes, flops)``: what the op must move and multiply, at least.
 - ``INVALID``: calls that must raise.
+- ``APART``, of an op with several outputs, which ``run``, ``eager`` and ``library`` join: the same by name ("ours",
+  "eager", "library"), their outputs apart, for benchmarks.
+- Of an op without a gradient: ``results(inputs, function) -> Tensors``, ``reference_results(inputs)`` in fp64, and
+  ``compared(inputs, got) -> list[Comparison]``.
 """
 
 from collections.abc import Callable

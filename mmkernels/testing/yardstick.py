@@ -131,3 +131,13 @@ def check(cases: ModuleType, inputs: Inputs, got: Tensors, grad: torch.Tensor) -
     if dtype != torch.float32 and (first := cases.rounded_before(wide)) is not None:
         bounds["out"] = bounds["out"] + 0.505 * ulp(first, dtype)
     return [compare(n, got[n], reference[n], bounds[n]) for n in got]
+
+
+def examined(cases: ModuleType, inputs: Inputs) -> tuple[Tensors, list[Comparison]]:
+    """What the op makes of these inputs, with gradients if it has any, and how far that is from the reference."""
+    if hasattr(cases, "compared"):  # it has none
+        got = cases.results(inputs)
+        return got, cases.compared(inputs, got)
+    grad = upstream(cases.run(inputs))
+    got = gradients(cases.run, inputs, grad=grad)
+    return got, check(cases, inputs, got, grad)

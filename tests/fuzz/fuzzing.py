@@ -39,6 +39,7 @@ OPS = (
     "mrope_positions",
     "merge_embeddings",
     "pack_embeddings",
+    "mrope",
 )
 Letters = dict[str, Any]
 

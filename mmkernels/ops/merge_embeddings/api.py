@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mmkernels import checks
+from mmkernels import backends, checks
 from mmkernels.ops.merge_embeddings.op import FORWARD, OUT
 
 _OP = "merge_embeddings"
@@ -93,6 +93,8 @@ def poll_errors(device: torch.device | str = "cuda") -> None:
     """Raises the first value error a CUDA kernel latched since the last call (one small copy)."""
     index = torch.device(device).index
     index = torch.cuda.current_device() if index is None else index
+    for poll in backends.POLLS:
+        poll(index)
     if not hasattr(torch.ops.mmkernels, "merge_embeddings_poll"):
         return  # without the CUDA kernel the reference has checked already
     kind, where, value, limit = torch.ops.mmkernels.merge_embeddings_poll(index)

@@ -98,6 +98,8 @@ def jobs() -> list[Job]:
 
 
 def _directions(op: str, case: Case) -> list[tuple[str, str]]:
+    if getattr(cases_of(op).run, "inference_only", False):
+        return [("fwd", "")]
     found = [(direction, "") for direction in DIRECTIONS]
     frozen = FROZEN.get((op, case.name))
     return [*found, ("fwdbwd", frozen)] if frozen else found

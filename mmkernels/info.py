@@ -48,6 +48,9 @@ def _version(name: str) -> str:
 def _kernel(op: str, device: str) -> dict[str, str]:
     both = {}
     for direction, name in (("forward", op), ("backward", f"{op}_backward")):
+        if not hasattr(torch.ops.mmkernels, name):
+            both[direction] = "none: inference only"
+            continue
         kernel, why = backends.chosen_kernel(name, device)
         both[direction] = f"{kernel} ({why})" if why else kernel
     return both

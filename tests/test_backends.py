@@ -80,7 +80,9 @@ def test_info_and_doctor_agree_with_the_dispatcher(capsys: pytest.CaptureFixture
     found = json.loads(capsys.readouterr().out)
     assert found["native_library"]["loaded"]
     for op in mmkernels.OPS:
-        assert found["kernels"][op]["cpu"] == {"forward": "c++", "backward": "c++"}
+        backward = found["kernels"][op]["cpu"]["backward"]
+        assert found["kernels"][op]["cpu"]["forward"] == "c++"
+        assert backward in ("c++", "none: inference only")
 
 
 def test_doctor_finds_a_wrong_kernel(

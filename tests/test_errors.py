@@ -43,7 +43,7 @@ def _same(a: Any, b: Any) -> None:
         for x, y in zip(a, b, strict=True):
             _same(x, y)
     elif isinstance(a, torch.Tensor) and a.device.type != "meta":
-        assert torch.equal(a, b)
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))  # unused memory holds NaN
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -4,10 +4,17 @@
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
 from mmkernels.ops.norm import Norm
+from mmkernels.ops.paged_attention import paged_attention
 from mmkernels.ops.patch_embed import PackedPatches, patch_embed, patch_embed_packed
 from mmkernels.ops.patch_merge import patch_merge
 
-OPS = ("patch_embed", "cross_attention", "merge_embeddings", "patch_merge")
+OPS = (
+    "patch_embed",
+    "cross_attention",
+    "merge_embeddings",
+    "patch_merge",
+    "paged_attention",
+)
 
 __all__ = [
     "OPS",
@@ -15,6 +22,7 @@ __all__ = [
     "PackedPatches",
     "cross_attention",
     "merge_embeddings",
+    "paged_attention",
     "patch_embed",
     "patch_embed_packed",
     "patch_merge",

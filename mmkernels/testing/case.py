@@ -23,6 +23,15 @@ import torch
 Inputs = dict[str, Any]
 
 
+Run = Callable[[Inputs], torch.Tensor]
+
+
+def inference_only(run: Run) -> Run:
+    """Marks what has no backward: tests and benchmarks then ask for none."""
+    run.inference_only = True  # type: ignore[attr-defined]
+    return run
+
+
 @dataclass(frozen=True)
 class Case:
     """Sizes by letter, and where the case is used: test, gradcheck, empty, bench."""

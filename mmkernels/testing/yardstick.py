@@ -39,7 +39,12 @@ def gradients(
     inputs: Inputs,
     grad: torch.Tensor | None = None,
 ) -> Tensors:
-    """Output and the gradient of every float input, for this ``grad`` of the output (default: ones)."""
+    """Output and the gradient of every float input, for this ``grad`` of the output (default: ones).
+
+    Of what is ``inference_only``, the output alone.
+    """
+    if getattr(run, "inference_only", False):
+        return {"out": run(inputs)}
     wanted = {id(t) for t in leaves(inputs).values()}
     inputs = map_tensors(inputs, lambda t: t.detach().requires_grad_(id(t) in wanted))
     out = run(inputs)

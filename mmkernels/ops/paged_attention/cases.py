@@ -178,16 +178,14 @@ def eager(inputs: Inputs) -> torch.Tensor:
     """Gather a sequence's pages, then SDPA: what runs without an attention over pages."""
     out = torch.zeros_like(inputs["query"])
     at = 0
-    scale = inputs.get("scale")
     for q, k, v, shared in _sequences(inputs):
-        mask = _visible(len(q), len(k), shared, inputs["causal"], q.device) if len(q) > 1 else None
-        heads = (t.transpose(0, 1)[None] for t in (q, k, v))
-        if len(k):
-            attended = F.scaled_dot_product_attention(
-                *heads, attn_mask=mask, scale=scale, enable_gqa=True
-            )
-            out[at : at + len(q)] = attended[0].transpose(0, 1)
-        at += len(q)
+        m, n = len(q), len(k)
+        mask = _visible(m, n, shared, inputs["causal"], q.device) if m > 1 else None
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        if n:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            out[at : at + m] = attended[0].transpose(0, 1)
+        at += m
     return out
 
 
@@ -221,7 +219,7 @@ def _visible(
     if not causal:
         return None
     i, j = torch.arange(m, device=device)[:, None], torch.arange(n, device=device)
-    return j - shared <= n - shared - m + i
+    return (j < shared) | (j <= n - m + i)
 
 
 def check(

@@ -48,7 +48,8 @@ def paged_attention(
         scores = torch.einsum("mhgd,nhd->hgmn", q.unflatten(1, (-1, G)), key) * scale
         if causal:
             i, j = torch.arange(m, device=q.device), torch.arange(len(key), device=q.device)
-            scores = scores.masked_fill(j - shared > n - m + i[:, None], -torch.inf)
+            hidden = (j >= shared) & (j - shared > n - m + i[:, None])
+            scores = scores.masked_fill(hidden, -torch.inf)
         if len(key):
             nothing = scores.amax(-1, keepdim=True) == -torch.inf
             scores = torch.softmax(scores, -1).masked_fill(nothing, 0.0)

@@ -4,8 +4,10 @@
 from mmkernels.backends import backend, load_native
 from mmkernels.ops import (
     OPS,
+    CompactedKV,
     Norm,
     PackedPatches,
+    compact_kv,
     cross_attention,
     merge_embeddings,
     paged_attention,
@@ -20,10 +22,12 @@ load_native()
 
 __all__ = [
     "OPS",
+    "CompactedKV",
     "Norm",
     "PackedPatches",
     "__version__",
     "backend",
+    "compact_kv",
     "cross_attention",
     "merge_embeddings",
     "paged_attention",

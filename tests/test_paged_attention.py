@@ -160,7 +160,10 @@ def test_what_lies_in_unused_slots_changes_nothing(name: str, poison: float) -> 
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"lens": (0,)}, {"lens": (0, 9), "chunk": (2, 3)}, {"lens": (4,), "chunk": (7,)}, {"lens": (0,), "prefix": (0,)},
+        {"lens": (0,)},
+        {"lens": (0, 9), "chunk": (2, 3)},
+        {"lens": (4,), "chunk": (7,)},
+        {"lens": (0,), "prefix": (0,)},
     ],
     ids=["no_keys", "one_without", "before_its_keys", "empty_prefix"],
 )  # fmt: skip

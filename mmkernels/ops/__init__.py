@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops. ``OPS`` names them; tests and benchmarks walk it and read ``ops/<op>/cases.py``."""
 
+from mmkernels.ops.compact_kv import CompactedKV, compact_kv
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
 from mmkernels.ops.norm import Norm
@@ -14,12 +15,15 @@ OPS = (
     "merge_embeddings",
     "patch_merge",
     "paged_attention",
+    "compact_kv",
 )
 
 __all__ = [
     "OPS",
+    "CompactedKV",
     "Norm",
     "PackedPatches",
+    "compact_kv",
     "cross_attention",
     "merge_embeddings",
     "paged_attention",

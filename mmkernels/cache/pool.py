@@ -19,9 +19,9 @@ class OutOfPages(RuntimeError):
 class PagePool:
     """``num_pages`` pages of ``page_size`` slots; a page is the same one in all layers.
 
-    ``key_cache`` and ``value_cache`` are ``[layers, pages, page_size, kv_heads, head_dim]``, not initialised: what reads
-    them reads used slots only. A page in use has one owner or more (``share``); it is free again when all have let go.
-    A call that raises has changed nothing. Calls from several threads take turns.
+    ``key_cache`` and ``value_cache`` are ``[layers, pages, page_size, kv_heads, head_dim]``, not initialised: read used
+    slots only. A page in use has one owner or more (``share``) and is free again when all have let go. A call that
+    raises has changed nothing. Calls from several threads take turns.
     """
 
     def __init__(

@@ -12,8 +12,8 @@ import torch
 def prefix_key(image: Any, preprocess: Any = None) -> str:
     """SHA-256 over what an image is and what will be done to it, in hex.
 
-    What it is: its kind (PIL mode, tensor, array), shape, dtype, bytes and, of a PIL image, palette and transparency: 30×150
-    is not 150×30, a palette is not its indices, int8 is not uint8.
+    What it is: its kind (PIL mode, tensor, array), shape, dtype, bytes and, of a PIL image, palette and transparency:
+    30×150 is not 150×30, a palette is not its indices, int8 is not uint8.
 
     Args:
         image: A PIL image, a tensor (any device and strides) or an ndarray.

@@ -80,7 +80,7 @@ class PagedKVCache:
         return list(self._of(sequence).pages)
 
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> Appended:
-        """Room for ``counts[i]`` new tokens of ``sequences[i]``: new pages, and a copy of a last page others own too."""
+        """Room for ``counts[i]`` new tokens of ``sequences[i]``: new pages, a copy of a last page others own too."""
         found = self._distinct(sequences)
         if len(counts) != len(found) or min(counts, default=0) < 0:
             raise ValueError(
@@ -91,7 +91,8 @@ class PagedKVCache:
             -(-(s.length + n) // size) - len(s.pages) for s, n in zip(found, counts, strict=True)
         ]
         self._check_room(found, counts, sum(pages))
-        slots, positions = [], []
+        slots: list[int] = []
+        positions: list[int] = []
         for s, count, more in zip(found, counts, pages, strict=True):
             if count and s.length % size:
                 s.pages[-1] = self.pool.writable(s.pages[-1])

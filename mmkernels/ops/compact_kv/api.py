@@ -38,15 +38,15 @@ def compact_kv(
     ``next_positions``, not the new length.
 
     Args:
-        key_cache, value_cache: ``[layers, pages, page_size, H, d]``, any dtype; or a list of ``[pages, page_size, H, d]``,
-            one a layer. Written in place.
+        key_cache, value_cache: ``[layers, pages, page_size, H, d]``, any dtype; or a list of ``[pages, page_size, H,
+            d]``, one a layer. Written in place.
         block_table: ``[B, P]`` int32 or int64, pages of each sequence.
         seq_lens: ``[B]`` int32 or int64, tokens of each.
         keep: ``[B, L]`` bool; what lies past a length counts for nothing.
         next_positions: ``[B]``, positions the next tokens would have; default ``seq_lens``, right unless tokens were
             dropped before.
-        target_table: ``[B, P']``, where the kept tokens go; default ``block_table``. A page that is written must be in use
-            nowhere else, so a shared page is replaced here by a new one. Who owns what only a pool knows:
+        target_table: ``[B, P']``, where the kept tokens go; default ``block_table``. A page that is written must be in
+            use nowhere else, so a shared page is replaced here by a new one. Who owns what only a pool knows:
             ``PagedKVCache.compact`` makes this table, and raises ``OutOfPages`` before anything changes.
 
     Returns:
@@ -102,8 +102,8 @@ def _check_caches(keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
     for name, caches in (("key_cache", keys), ("value_cache", values)):
         for cache in caches:
             if cache.shape[1:] != keys[0].shape[1:] or len(cache) != len(keys[0]):
-                got = list(cache.shape)
-                checks.fail(OP, name, got, f"of one shape in K and V, {list(keys[0].shape)}")
+                expected = f"of one shape in K and V, {list(keys[0].shape)}"
+                checks.fail(OP, name, list(cache.shape), expected)
             if cache.dtype != keys[0].dtype or cache.device != keys[0].device:
                 got = f"{cache.dtype} on {cache.device}"
                 expected = f"of one dtype and device, {keys[0].dtype} on {keys[0].device}"

@@ -127,7 +127,7 @@ class Model:
         self.count = self.refused = self.copied = self.dropped = 0
 
     def step(self) -> None:
-        kinds = ("add", "append", "append", "append", "append", "fork", "fork", "free", "compact")
+        kinds = "add append append append append fork fork free compact truncate".split()
         before = self.summary()
         try:
             getattr(self, self.r.choice(kinds))()
@@ -182,6 +182,15 @@ class Model:
         for s in self.some(1):
             self.cache.free(s)
             del self.tokens[s], self.positions[s]
+
+    def truncate(self) -> None:
+        for s in self.some(1):
+            dropped = self.r.randint(0, min(6, len(self.tokens[s])))
+            length = len(self.tokens[s]) - dropped
+            self.cache.truncate(s, length)
+            del self.tokens[s][length:]
+            self.positions[s] -= dropped
+            self.check(s)
 
     def compact(self) -> None:
         sequences = self.some(3)
@@ -369,6 +378,8 @@ def test_new_tokens_are_never_part_of_a_shared_front() -> None:
         lambda c, s: c.append([s, s], [1, 1]),
         lambda c, s: c.append([s], [-1]),
         lambda c, s: c.append([s], [1, 2]),
+        lambda c, s: c.truncate(s, 6),
+        lambda c, s: c.truncate(s, -1),
         lambda c, s: c.compact([s], [torch.ones(4).bool()]),
         lambda c, s: c.compact([s], [torch.ones(5)]),
     ],

@@ -63,6 +63,19 @@ class PagedKVCache:
         self.pool.free(self._of(sequence).pages)
         del self._sequences[sequence]
 
+    def truncate(self, sequence: int, length: int) -> None:
+        """Drops the tokens from ``length`` on; positions go back as far."""
+        s = self._of(sequence)
+        if not 0 <= length <= s.length:
+            raise ValueError(
+                f"PagedKVCache.truncate: length must be in [0, {s.length}], got {length}"
+            )
+        kept = -(-length // self.pool.page_size)
+        self.pool.free(s.pages[kept:])
+        del s.pages[kept:]
+        s.next_position -= s.length - length
+        s.length = length
+
     def length(self, sequence: int) -> int:
         """Tokens it holds."""
         return self._of(sequence).length

@@ -235,9 +235,9 @@ class Model:
         assert self.pool.num_free == self.pool.num_pages
 
 
-@pytest.mark.parametrize("size", [1, 4, 16])
-def test_random_operations(size: int) -> None:
-    model = Model(size, size=size)
+@pytest.mark.parametrize(("size", "pages"), [(1, 40), (4, 24), (16, 9)])
+def test_random_operations(size: int, pages: int) -> None:
+    model = Model(size, pages, size)
     model.run(1500)
     assert model.refused > 20 and model.dropped > 100
     assert model.copied > 20 or size == 1  # pages of one slot are never half full
@@ -246,7 +246,7 @@ def test_random_operations(size: int) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(4))
 def test_many_random_operations(seed: int) -> None:
-    Model(100 + seed, pages=20 + 10 * seed, size=(1, 3, 4, 16)[seed]).run(100_000)
+    Model(100 + seed, *((40, 1), (24, 3), (20, 4), (9, 16))[seed]).run(100_000)
 
 
 def filled(cache: PagedKVCache, sequence: int, count: int, seed: int = 0) -> None:

@@ -66,7 +66,9 @@ def text(B: int = 3) -> dict[str, torch.Tensor]:
 
 
 def generated(model: Any, inputs: dict[str, torch.Tensor], cache: Any, **options: Any) -> Any:
-    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}  # fmt: skip
+    options = {
+        "max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options,
+    }  # fmt: skip
     with torch.no_grad():
         return model.generate(
             **inputs, past_key_values=cache, return_dict_in_generate=True, output_logits=True, **options
@@ -128,6 +130,7 @@ def test_a_prompt_too_long_raises_and_leaves_the_pages() -> None:
 
 
 def test_sliding_windows_are_refused() -> None:
-    config = transformers.Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])  # fmt: skip
+    kinds = ["sliding_attention", "full_attention"]
+    config = transformers.Gemma3TextConfig(num_hidden_layers=2, layer_types=kinds)
     with pytest.raises(ValueError, match="every layer must be full_attention"):
         PagedCache.from_config(config, 4)

@@ -22,7 +22,8 @@ class PagedCache(Cache):
         self.pages = PagedKVCache(pool)
         self.sequences: list[int] = []
         self._table: torch.Tensor | None = None  # of all sequences, until one of them changes
-        super().__init__(layers=[PagedLayer(self, i) for i in range(pool.num_layers)])
+        self._layers = [PagedLayer(self, i) for i in range(pool.num_layers)]
+        super().__init__(layers=list(self._layers))
 
     @classmethod
     def from_config(
@@ -82,7 +83,7 @@ class PagedCache(Cache):
             raise ValueError(
                 f"PagedCache: crop takes minus the tokens to remove, got {tokens_to_remove}"
             )
-        for layer in self.layers:
+        for layer in self._layers:
             layer.length = max(0, layer.length + tokens_to_remove)
         for s in self.sequences:
             self.pages.truncate(s, max(0, self.pages.length(s) + tokens_to_remove))
@@ -92,7 +93,7 @@ class PagedCache(Cache):
         """Gives all pages back."""
         for s in self.sequences:
             self.pages.free(s)
-        for layer in self.layers:
+        for layer in self._layers:
             layer.length, layer.is_initialized = 0, False
         self.sequences, self._table = [], None
 

@@ -77,9 +77,10 @@ def _triton_on_cpu() -> None:
 
         return launch
 
-    for op in ("patch_embed", "cross_attention", "patch_merge"):
+    for op in ("patch_embed", "cross_attention", "patch_merge", "paged_attention"):
         for name in (op, f"{op}_backward"):
-            backends.LIB.impl(name, launcher(op, name), "CPU")
+            if hasattr(torch.ops.mmkernels, name):
+                backends.LIB.impl(name, launcher(op, name), "CPU")
 
 
 if INTERPRETED:

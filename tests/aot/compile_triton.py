@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from mmkernels.ops.compact_kv import triton as compact_kv
 from mmkernels.ops.cross_attention import triton as cross_attention
 from mmkernels.ops.paged_attention import triton as paged_attention
 from mmkernels.ops.patch_embed import triton as patch_embed
@@ -252,6 +253,12 @@ def _paged(
     )  # fmt: skip
 
 
+def _compact(dtype: torch.dtype, page: int) -> None:
+    index = lambda *shape: _meta(*shape, dtype=torch.int64)
+    cache, keep = _meta(28, 1024, page, 4, 128, dtype=dtype), _meta(2, 8192, dtype=torch.bool)
+    compact_kv.compact_kv(cache, cache, index(2, 512), index(2, 512), index(2), keep)
+
+
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -294,6 +301,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "paged_prefill_d256": lambda t: _paged(t, 8, 1, 16, 256, 256, T=2048),
     "paged_int8": lambda t: _paged(t, 16, 4, 7, 128, 16, T=512, int8=True),
     "paged_pages_of_1": lambda t: _paged(t, 16, 4, 8, 64, 1),
+    "compact_qwen2_7b": lambda t: _compact(t, 16),
+    "compact_pages_of_1": lambda t: _compact(t, 1),
     "cross_of_ones": lambda t: _cross_attention(t, 1, 1, 1, 1, 1, 1, shared=True),
 }
 FP16_CASES = ("clip_l14_336", "blip2_layer")

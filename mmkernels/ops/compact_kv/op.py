@@ -26,3 +26,4 @@ FORWARD = backends.define(
     fake=_fake,
     autocast_skip=tuple(range(6)),
 )
+backends.register_triton(FORWARD, "mmkernels.ops.compact_kv.triton")

@@ -47,7 +47,7 @@ def _attend_kernel(
     k_stride_page, k_stride_slot, k_stride_head, v_stride_page, v_stride_slot, v_stride_head,
     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, DTYPE: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_STARTS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SCALE: tl.constexpr, WHOLE: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Rows of a list of tokens against one span of the list's keys; ``WHOLE``: the only part, written finished."""
     BLOCK_T: tl.constexpr = BLOCK_R // G
@@ -70,7 +70,8 @@ def _attend_kernel(
     if HAS_ORDER:
         token = tl.load(order + place, mask=inside, other=0)
     head = h * G + row % G
-    at = (token * (H * G) + head)[:, None] * D + c[None, :]
+    row_at = (token * (H * G) + head) * D
+    at = row_at[:, None] + c[None, :]
     q = tl.load(q_THd + at, mask=inside[:, None] & (c < D)[None, :], other=0)
     limit = n + row * 0
     if CAUSAL:
@@ -88,12 +89,24 @@ def _attend_kernel(
         found = (page >= 0) & (page < pages)
         slot = j % PAGE
         of_key = page * k_stride_page + slot * k_stride_slot + h * k_stride_head
-        keys = tl.load(
-            key + of_key[None, :] + c[:, None], mask=found[None, :] & (c < D)[:, None], other=0
-        )
-        if HAS_SCALE:  # by way of fp32: the interpreter takes a byte for the bits of a bf16
-            keys = keys.to(tl.float32).to(DTYPE)
-        s = _dot(q, keys, tl.zeros((BLOCK_R, BLOCK_N), tl.float32), DTYPE) * scale
+        s = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+        for c0 in range(0, BLOCK_D, BLOCK_C):
+            k = c0 + tl.arange(0, BLOCK_C)
+            keys = tl.load(
+                key + of_key[None, :] + k[:, None], mask=found[None, :] & (k < D)[:, None], other=0
+            )
+            if HAS_SCALE:  # by way of fp32: the interpreter takes a byte for the bits of a bf16
+                keys = keys.to(tl.float32).to(DTYPE)
+            if BLOCK_C < BLOCK_D:
+                part = tl.load(
+                    q_THd + row_at[:, None] + k[None, :],
+                    mask=inside[:, None] & (k < D)[None, :],
+                    other=0,
+                )
+                s = _dot(part, keys, s, DTYPE)
+            else:
+                s = _dot(q, keys, s, DTYPE)
+        s *= scale
         s = tl.where(found[None, :] & (j[None, :] < limit[:, None]), s, float("-inf"))
         high = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(high == float("-inf"), 0.0, high)
@@ -152,11 +165,12 @@ def _merge_kernel(
 def config(G: int, d: int, dtype: torch.dtype, decode: bool) -> dict[str, int]:
     """Rows: one token's heads in a decode, else as many as keep the accumulator in registers."""
     block_d = max(16, triton.next_power_of_2(d))
-    wide = block_d * dtype.itemsize
-    rows = 16 if decode else 64 if wide <= 256 else 32
+    fp32, large = dtype == torch.float32, block_d > 128
+    rows = max(16 if decode or fp32 else 32 if large else 64, triton.next_power_of_2(G))
     return {
-        "BLOCK_R": max(rows, triton.next_power_of_2(G)), "BLOCK_N": 64 if wide <= 256 else 32,
-        "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2,
+        "BLOCK_R": rows, "BLOCK_N": 16 if fp32 else 32 if large else 64, "BLOCK_D": block_d,
+        "BLOCK_C": min(block_d, 32) if fp32 else block_d,  # IEEE products are unrolled over it
+        "num_warps": 4 if decode or fp32 else 8, "num_stages": 2,  # pointers to slots fill registers
     }  # fmt: skip
 
 

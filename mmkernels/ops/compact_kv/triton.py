@@ -64,5 +64,6 @@ def compact_kv(
             _compact_kernel[grid](
                 cache, source, new_lens, table, target, L, table.shape[1], target.shape[1], pages, H * d, d,
                 *cache.stride(), PAGE=page_size, BLOCK_T=16, BLOCK_C=block_c, num_warps=4,
+                num_stages=1,
             )  # fmt: skip
     return new_lens

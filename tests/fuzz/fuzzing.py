@@ -32,7 +32,7 @@ from mmkernels import backends
 from mmkernels.testing import gradients, yardstick
 from mmkernels.testing.case import Inputs, map_tensors
 
-OPS = ("patch_embed", "patch_merge")
+OPS = ("patch_embed", "patch_merge", "paged_attention")
 Letters = dict[str, Any]
 
 

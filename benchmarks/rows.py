@@ -210,13 +210,19 @@ def trainable(inputs: Inputs, frozen: str) -> Inputs:
     return map_tensors(inputs, lambda t: t.detach().requires_grad_(id(t) in wanted))
 
 
+def _timed(cases: ModuleType, name: str) -> Function:
+    """What writes its inputs is checked on copies and timed without."""
+    function: Function = getattr(cases, f"{name}_in_place", getattr(cases, name))
+    return function
+
+
 def variants(job: Job, inputs: Inputs, algorithm: str, compiled: bool) -> dict[str, Step]:
     """Ours and the baselines; for an op with algorithms, also the one ``auto`` did not choose."""
     cases = cases_of(job.op)
     functions: dict[str, Function] = {
-        "ours": cases.run,
-        "eager": cases.eager,
-        "library": cases.library,
+        "ours": _timed(cases, "run"),
+        "eager": _timed(cases, "eager"),
+        "library": _timed(cases, "library"),
     }
     if algorithm:
         other = "projected" if algorithm == "absorbed" else "absorbed"
@@ -224,7 +230,7 @@ def variants(job: Job, inputs: Inputs, algorithm: str, compiled: bool) -> dict[s
     if compiled:
         torch.compiler.reset()
         mode = "max-autotune-no-cudagraphs" if job.device == "cuda" else "default"
-        functions["compile"] = torch.compile(cases.eager, dynamic=False, mode=mode)
+        functions["compile"] = torch.compile(_timed(cases, "eager"), dynamic=False, mode=mode)
     if job.direction == "fwd" and hasattr(cases, "ceiling"):
         prepared = dict(inputs)
         cases.prepare_ceiling(prepared)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mmkernels import backends
-from mmkernels.ops.compact_kv.api import compact_kv
+from mmkernels.ops.compact_kv.api import CompactedKV, compact_kv
 from mmkernels.testing.case import Case, Inputs, Invalid, inference_only
 from mmkernels.testing.yardstick import Comparison, Tensors, compare
 
@@ -80,14 +80,19 @@ def make_inputs(
     return {k: v.to(device) for k, v in inputs.items()}
 
 
+CACHES = ("key_cache", "value_cache")
+
+
+def run_in_place(inputs: Inputs) -> torch.Tensor:
+    """The public op as it is timed: a second time it moves as much."""
+    return compact_kv(**inputs).seq_lens
+
+
 @inference_only
 def run(inputs: Inputs) -> torch.Tensor:
-    """The public op on copies of the caches; returns them, the lengths and the table in one tensor."""
-    caches = [inputs[n].clone() for n in ("key_cache", "value_cache")]
-    rest = {k: v for k, v in inputs.items() if k not in ("key_cache", "value_cache")}
-    found = compact_kv(*caches, **rest)
-    numbers = [t.flatten().to(caches[0].dtype) for t in found]
-    return torch.cat([*(c.flatten() for c in caches), *numbers])
+    """The public op on copies of the caches; returns them, lengths, positions and table in one tensor."""
+    inputs = {**inputs, **{n: inputs[n].clone() for n in CACHES}}
+    return _told(inputs, compact_kv(**inputs))
 
 
 @inference_only
@@ -99,10 +104,21 @@ def plain(inputs: Inputs) -> torch.Tensor:
 
 @inference_only
 def eager(inputs: Inputs) -> torch.Tensor:
+    """As ``eager_in_place``, on copies."""
+    inputs = {**inputs, **{n: inputs[n].clone() for n in CACHES}}
+    lens = eager_in_place(inputs)
+    table = inputs.get("target_table", inputs["block_table"]).long()
+    used = torch.arange(table.shape[1], device=table.device) * inputs["key_cache"].shape[2]
+    table = table.where(used < lens[:, None], -1)
+    return _told(inputs, CompactedKV(lens, inputs["seq_lens"], table))
+
+
+def eager_in_place(inputs: Inputs) -> torch.Tensor:
     """Layer by layer, K and V: gather a sequence's kept tokens, write them where they go."""
-    keys, values = (inputs[n].clone() for n in ("key_cache", "value_cache"))
+    keys, values = (inputs[n] for n in CACHES)
     page, table, lens = keys.shape[2], inputs["block_table"].long(), inputs["seq_lens"].tolist()
-    target = inputs.get("target_table", table).long()
+    target = inputs["target_table"].long() if "target_table" in inputs else table
+    new_lens = []
     for b, n in enumerate(lens):
         source = inputs["keep"][b, :n].nonzero()[:, 0]
         to = torch.arange(len(source), device=source.device)
@@ -110,10 +126,18 @@ def eager(inputs: Inputs) -> torch.Tensor:
             for cache in (keys[layer], values[layer]):
                 rows = cache[table[b, source // page], source % page]
                 cache[target[b, to // page], to % page] = rows
-    return torch.cat([keys.flatten(), values.flatten()])
+        new_lens.append(len(source))
+    return torch.tensor(new_lens, dtype=torch.int64, device=keys.device)
 
 
-library = eager
+library, library_in_place = eager, eager_in_place
+
+
+def _told(inputs: Inputs, found: CompactedKV) -> torch.Tensor:
+    caches = [inputs[n].flatten() for n in CACHES]
+    numbers = torch.cat([t.flatten() for t in found])
+    digits = [(numbers // base % 128).to(caches[0].dtype) for base in (1, 128, 128**2)]  # exact
+    return torch.cat([*caches, *digits])
 
 
 def check(

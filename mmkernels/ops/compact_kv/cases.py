@@ -107,7 +107,7 @@ def eager(inputs: Inputs) -> torch.Tensor:
     """As ``eager_in_place``, on copies."""
     inputs = {**inputs, **{n: inputs[n].clone() for n in CACHES}}
     lens = eager_in_place(inputs)
-    table = inputs.get("target_table", inputs["block_table"]).long()
+    table = inputs["target_table" if "target_table" in inputs else "block_table"].long()
     used = torch.arange(table.shape[1], device=table.device) * inputs["key_cache"].shape[2]
     table = table.where(used < lens[:, None], -1)
     return _told(inputs, CompactedKV(lens, inputs["seq_lens"], table))

@@ -24,7 +24,7 @@ from mmkernels.testing import (
 )
 from mmkernels.testing.case import leaves, map_tensors
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int64": torch.int64}
 DIRECTIONS = ("fwd", "fwdbwd")
 FROZEN = {("cross_attention", "blip2_layer"): "context"}  # stage 1 of BLIP-2: the encoder is frozen
 QUICK = (  # case and direction: an op each in both, and the widest gap
@@ -92,7 +92,7 @@ def jobs() -> list[Job]:
         for op in OPS
         for case in cases_of(op).CASES
         if "bench" in case.tags
-        for dtype in DTYPES
+        for dtype in getattr(cases_of(op), "DTYPES", ("fp32", "bf16"))
         for direction, frozen in _directions(op, case)
     ]
 
@@ -227,7 +227,7 @@ def variants(job: Job, inputs: Inputs, algorithm: str, compiled: bool) -> dict[s
     if algorithm:
         other = "projected" if algorithm == "absorbed" else "absorbed"
         functions[other] = lambda inputs: cases.run({**inputs, "algorithm": other})
-    if compiled:
+    if compiled and not getattr(cases, "EXACT", False):  # a loop over lists is nothing to compile
         torch.compiler.reset()
         mode = "max-autotune-no-cudagraphs" if job.device == "cuda" else "default"
         functions["compile"] = torch.compile(_timed(cases, "eager"), dynamic=False, mode=mode)
@@ -295,7 +295,8 @@ def _time(job: Job, options: Options, row: Row) -> None:
         row.extra_bytes[name] = timing.peak_extra_bytes(call, job.device)
     copies = timing.cold_copies(inputs, _cache_bytes(job.device) if options.cold else 0)
     calls = {name: timing.rotating(step, copies) for name, step in steps.items()}
-    limits = timing.ceilings(DTYPES[job.dtype], job.device)
+    dtype = DTYPES[job.dtype]  # beside integers: a GEMM in fp32
+    limits = timing.ceilings(dtype if dtype.is_floating_point else torch.float32, job.device)
     times = timing.measure({**calls, **limits}, job.device, options.rounds)
     _fill(row, job, inputs, times)
 

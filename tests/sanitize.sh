@@ -41,12 +41,15 @@ assert mmkernels.__file__.startswith('$copy'), mmkernels.__file__
 assert not backends.native_error(), backends.native_error()
 assert 'libasan' in open('/proc/self/maps').read()"
 
-op_tests="(patch_embed or merge_embeddings or patch_merge or cross_attention or paged_attention or compact_kv) and (bound or layouts or empty or invalid or itself or threads) and not real_models"
+op_tests="(patch_embed or merge_embeddings or patch_merge or cross_attention or mrope_positions or paged_attention or compact_kv) and (bound or layouts or empty or invalid or itself or threads) and not real_models"
 echo "== op tests"
 sanitized "" "$python" -m pytest -q -x -p no:randomly tests/test_ops.py tests/test_errors.py -k "$op_tests"
 echo "== $cases random calls"
 for kind in image packed tubelet audio; do
   sanitized "" "$python" tests/fuzz/fuzzing.py --op patch_embed --kind $kind --cases $((cases / 4))
+done
+for kind in runs spans units canvas; do
+  sanitized "" "$python" tests/fuzz/fuzzing.py --op mrope_positions --kind $kind --cases $((cases / 4))
 done
 for isa in avx2 generic; do
   echo "== $isa"

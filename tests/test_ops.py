@@ -51,7 +51,7 @@ def test_values_and_gradients_hold_the_bound(
     for seed, family in enumerate(cases.FAMILIES):
         inputs = cases.make_inputs(case, dtype, seed=seed, family=family)
         got, grad = result(cases, inputs)
-        assert got["out"].dtype == dtype
+        assert got["out"].dtype == dtype or getattr(cases, "EXACT", False)
         failed = [c for c in yardstick.check(cases, inputs, got, grad) if not c.ratio <= 1]
         assert not failed, f"{family}: " + "; ".join(map(str, failed))
 
@@ -82,7 +82,7 @@ def test_shapes_of_real_models_hold_the_bound(
 @pytest.mark.parametrize(("cases", "case"), tagged("test"))
 def test_expected_outputs_are_not_trivial(cases: ModuleType, case: Case) -> None:
     out = cases.plain(cases.make_inputs(case, torch.float64))
-    assert out.numel() == 1 or out.std() > 0
+    assert out.numel() == 1 or out.double().std() > 0
 
 
 @pytest.mark.parametrize(("cases", "case"), tagged("test"))
@@ -228,7 +228,9 @@ def test_empty_inputs(cases: ModuleType, case: Case) -> None:
 def test_opcheck(op: str) -> None:
     cases = cases_of(op)
     chosen = [c for c in cases.CASES if "gradcheck" in c.tags]
-    for case in chosen if op in DIFFERENTIABLE else cases.CASES[:15:4]:
+    if op not in DIFFERENTIABLE:
+        chosen = [c for c in cases.CASES if "test" in c.tags][::3]
+    for case in chosen:
         inputs = cases.make_inputs(case, torch.float32)
         with captured_calls() as calls:
             result(cases, inputs)

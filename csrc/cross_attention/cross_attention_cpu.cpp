@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Absorbed cross-attention on CPU: q' = q·W_k, S = q'·Xᵀ, Z = softmax(S)·X, out = Z·W_vᵀ. Neither K nor V is
-// formed. A thread takes one group of heads of one sample from end to end, so q', S and Z stay in its cache;
-// products by torch's GEMM in fp32 (fp64 for float64), so q' and Z never round to 16 bits.
+// formed. A thread takes one group of heads of one sample from end to end, so q', S and Z stay in its cache; where a
+// head has few queries, what multiplies with weights (q', out) is one product for many samples instead. Products by
+// torch's GEMM in fp32 (fp64 for float64), so q' and Z never round to 16 bits.
 #include <algorithm>
 
 #include "../common/aten.h"
@@ -11,6 +12,8 @@ namespace mmkernels::cross_attention {
 namespace {
 
 constexpr int64_t kGroupRows = 64;  // score rows of a group of heads: enough for the GEMM, small for the cache
+constexpr int64_t kFewQueries = 16;  // below, weights are read once for many samples
+constexpr int64_t kTogetherBytes = 8 << 20;  // of q' or Z of the samples of one such product
 
 MMK_MULTIARCH float exp_row(float* scores, int64_t n, float* max) { return exp_row_body(scores, n, max); }
 double exp_row(double* scores, int64_t n, double* max) { return exp_row_body(scores, n, max); }
@@ -111,6 +114,12 @@ struct Problem {
   }
 
   int64_t groups() const { return ceil_div(s.A, heads); }
+  // Samples whose products with the weights are done together: enough to be more rows than a head's queries are.
+  int64_t together() const {
+    const int64_t bytes = std::max<int64_t>(1, s.rows() * s.X * static_cast<int64_t>(sizeof(F)));
+    return std::max<int64_t>(1, std::min(s.B, kTogetherBytes / bytes));
+  }
+  bool few_queries(int64_t samples) const { return s.Q < kFewQueries && samples > s.Q; }
   int64_t heads_in(int64_t g) const { return std::min(heads, s.A - g * heads); }
   int64_t block() const { return s.Q * s.A * s.d; }  // values of query, grad and out in a sample
 
@@ -128,6 +137,13 @@ struct Problem {
   // [heads of g, Q, cols] over rows [heads·Q, cols].
   Tensor by_head(const F* rows, int64_t g, int64_t cols) const {
     return blob(rows, {heads_in(g), s.Q, cols}, {s.Q * cols, cols, 1}, acc);
+  }
+  // Head h of `rows` [samples, Q, A·d] through its part of w: to row h·Q + q of each sample, rows of X.
+  void widen_together(const F* rows, const Tensor& w, int64_t samples, int64_t h, F* to, int64_t sample_stride) const {
+    for (int64_t q = 0; q < s.Q; ++q)
+      mm_out(blob(rows + (q * s.A + h) * s.d, {samples, s.d}, {block(), 1}, acc),
+             matrix(data<F>(w) + h * s.d * s.X, s.d, s.X),
+             blob(to + (h * s.Q + q) * s.X, {samples, s.X}, {sample_stride, 1}, acc));
   }
   Tensor matrix(const F* p, int64_t rows, int64_t cols) const { return rows_blob(p, rows, cols, acc); }
   Tensor transposed(const F* p, int64_t rows, int64_t cols) const {
@@ -186,19 +202,43 @@ F softmax_row(F* row, int64_t n) {
   return forbidden ? max : max + std::log(sum);
 }
 
-// out[q, head·d + c] = rows[head, q, c] + b_v, and 0 in rows that attended to nothing.
+// out[b, q, head·d + c] = row[c] + b_v, and 0 in rows that attended to nothing.
 template <class T, class F>
-void store_out(T* out, const F* rows, const T* value_bias, const F* lse, const Problem<T>& p, int64_t g) {
+void store_row(const Tensor& out, int64_t b, int64_t head, int64_t q, const F* row, const T* value_bias,
+               const Tensor& lse, const Problem<T>& p) {
   const Shape& s = p.s;
-  for (int64_t r = 0; r < p.heads_in(g) * s.Q; ++r) {
-    const int64_t head = g * p.heads + r / s.Q;
-    const bool forbidden = lse[r] == -static_cast<F>(INFINITY);
-    T* to = out + (r % s.Q) * s.A * s.d + head * s.d;
-    for (int64_t c = 0; c < s.d; ++c) {
-      const F bias = value_bias ? static_cast<F>(widen(value_bias[head * s.d + c])) : F(0);
-      to[c] = Convert<T>::from(forbidden ? F(0) : rows[r * s.d + c] + bias);
-    }
+  const bool forbidden = data<F>(lse)[b * s.rows() + head * s.Q + q] == -static_cast<F>(INFINITY);
+  T* to = mutable_data<T>(out) + b * p.block() + (q * s.A + head) * s.d;
+  for (int64_t c = 0; c < s.d; ++c) {
+    const F bias = value_bias ? static_cast<F>(widen(value_bias[head * s.d + c])) : F(0);
+    to[c] = Convert<T>::from(forbidden ? F(0) : row[c] + bias);
   }
+}
+
+// Z of one group of heads of one sample, from its q'; scratch: context, scores.
+template <class T, class F>
+void attend(const Problem<T>& p, int64_t b, int64_t g, const F* q, F* z, F* lse, Scratch<F>& memory) {
+  const Shape& s = p.s;
+  const int64_t count = p.heads_in(g) * s.Q;
+  F* scores = memory.at[1];
+  const F* x = p.context_of(b, memory.at[0]);
+  p.score(scores, q, x, b, g);
+  for (int64_t r = 0; r < count; ++r) {
+    lse[r] = softmax_row(scores + r * s.n, s.n);
+    p.drop(scores + r * s.n, b, g, r);
+  }
+  mm_out(p.matrix(scores, count, s.n), p.matrix(x, s.n, s.X), p.matrix(z, count, s.X));
+}
+
+template <class T>
+Tensor absorb_shared(const Problem<T>& p, const Tensor& like) {
+  using F = acc_t<T>;
+  const Tensor absorbed = empty(like, {p.s.rows(), p.s.X});
+  for_each_block(p.groups(), [] { return 0; }, [&](int64_t g, int) {
+    F* to = mutable_data<F>(absorbed) + g * p.heads * p.s.Q * p.s.X;
+    bmm_out(p.query_of(0, g), p.weight_of(p.w_k, g), p.by_head(to, g, p.s.X));
+  });
+  return absorbed;
 }
 
 template <class T>
@@ -207,28 +247,53 @@ void forward_groups(const Problem<T>& p, const OptionalTensor& value_bias, const
   const Shape& s = p.s;
   const int64_t rows = p.heads * s.Q;
   const auto scratch = [&] {
-    return Scratch<F>(out, p.acc, {p.context_scratch(), rows * s.X, rows * s.n, rows * s.X, rows * s.d});
+    return Scratch<F>(out, p.acc, {p.context_scratch(), rows * s.n, rows * s.X, rows * s.X, rows * s.d});
   };
-  const Tensor absorbed = empty(lse, {s.shared ? s.A * s.Q : 0, s.X});  // of shared queries: once
-  if (s.shared)
-    for_each_block(p.groups(), [] { return 0; }, [&](int64_t g, int) {
-      bmm_out(p.query_of(0, g), p.weight_of(p.w_k, g), p.by_head(data<F>(absorbed) + g * rows * s.X, g, s.X));
-    });
+  const Tensor absorbed = s.shared ? absorb_shared(p, lse) : lse;
   for_each_block(s.B * p.groups(), scratch, [&](int64_t i, Scratch<F>& memory) {
-    const int64_t b = i / p.groups(), g = i % p.groups(), count = p.heads_in(g) * s.Q;
-    F *q = memory.at[1], *scores = memory.at[2], *z = memory.at[3], *heads = memory.at[4];
+    const int64_t b = i / p.groups(), g = i % p.groups();
+    F *q = memory.at[2], *z = memory.at[3], *heads = memory.at[4];
     F* lse_g = mutable_data<F>(lse) + b * s.rows() + g * rows;
-    const F* x = p.context_of(b, memory.at[0]);
     if (!s.shared) bmm_out(p.query_of(b, g), p.weight_of(p.w_k, g), p.by_head(q, g, s.X));
-    p.score(scores, s.shared ? data<F>(absorbed) + g * rows * s.X : q, x, b, g);
-    for (int64_t r = 0; r < count; ++r) {
-      lse_g[r] = softmax_row(scores + r * s.n, s.n);
-      p.drop(scores + r * s.n, b, g, r);
-    }
-    mm_out(p.matrix(scores, count, s.n), p.matrix(x, s.n, s.X), p.matrix(z, count, s.X));
+    attend(p, b, g, s.shared ? data<F>(absorbed) + g * rows * s.X : q, z, lse_g, memory);
     bmm_out(p.by_head(z, g, s.X), p.weight_of_transposed(p.w_v, g), p.by_head(heads, g, s.d));
-    store_out(mutable_data<T>(out) + b * p.block(), heads, data<T>(value_bias), lse_g, p, g);
+    for (int64_t r = 0; r < p.heads_in(g) * s.Q; ++r)
+      store_row(out, b, g * p.heads + r / s.Q, r % s.Q, heads + r * s.d, data<T>(value_bias), lse, p);
   });
+}
+
+// The same for few queries a head: (1) q' of some samples, a thread a head; (2) their Z, a thread a group of heads of a
+// sample; (3) their output, a thread a head. A weight is read once for all of them.
+template <class T>
+void forward_together(const Problem<T>& p, const OptionalTensor& value_bias, const Tensor& out, const Tensor& lse) {
+  using F = acc_t<T>;
+  const Shape& s = p.s;
+  const int64_t rows = p.heads * s.Q, wide = s.rows() * s.X, most = p.together();
+  const Tensor absorbed = s.shared ? absorb_shared(p, lse) : empty(lse, {most, s.rows(), s.X});
+  const Tensor z = empty(lse, {most, s.rows(), s.X});
+  const auto attending = [&] { return Scratch<F>(out, p.acc, {p.context_scratch(), rows * s.n}); };
+  const auto of_heads = [&] { return Scratch<F>(out, p.acc, {most * s.d}); };
+  for (int64_t first = 0; first < s.B; first += most) {
+    const int64_t count = std::min(most, s.B - first);
+    if (!s.shared)
+      for_each_block(s.A, [] { return 0; }, [&](int64_t h, int) {
+        p.widen_together(data<F>(p.query) + first * p.block(), p.w_k, count, h, mutable_data<F>(absorbed), wide);
+      });
+    for_each_block(count * p.groups(), attending, [&](int64_t i, Scratch<F>& memory) {
+      const int64_t sample = i / p.groups(), g = i % p.groups(), b = first + sample, at = g * rows * s.X;
+      const F* q = data<F>(absorbed) + (s.shared ? 0 : sample * wide) + at;
+      attend(p, b, g, q, mutable_data<F>(z) + sample * wide + at, mutable_data<F>(lse) + b * s.rows() + g * rows,
+             memory);
+    });
+    for_each_block(s.A, of_heads, [&](int64_t h, Scratch<F>& memory) {
+      for (int64_t q = 0; q < s.Q; ++q) {
+        mm_out(blob(data<F>(z) + (h * s.Q + q) * s.X, {count, s.X}, {wide, 1}, p.acc),
+               p.transposed(data<F>(p.w_v) + h * s.d * s.X, s.d, s.X), p.matrix(memory.at[0], count, s.d));
+        for (int64_t i = 0; i < count; ++i)
+          store_row(out, first + i, h, q, memory.at[0] + i * s.d, data<T>(value_bias), lse, p);
+      }
+    });
+  }
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, const OptionalTensor& latents,
@@ -242,7 +307,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, c
   dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
     using T = pointee<decltype(tag)>;
     const Problem<T> problem(query, context, latents, w_k, w_v, mask, dropout, num_heads, scale, dropout_p);
-    forward_groups(problem, contiguous(value_bias), out, lse);
+    const auto run = problem.few_queries(problem.together()) ? forward_together<T> : forward_groups<T>;
+    run(problem, contiguous(value_bias), out, lse);
   });
   return {out, lse};
 }
@@ -288,13 +354,16 @@ class Backward {
   void run() {
     const int64_t rows = p_.heads * s_.Q;
     const auto scratch = [&] {
-      return Scratch<F>(lse_, p_.acc,
-                        {p_.context_scratch(), 2 * rows * s_.n, 2 * rows * s_.X, rows * s_.d});
+      return Scratch<F>(lse_, p_.acc, {p_.context_scratch(), 2 * rows * s_.n, 2 * rows * s_.X});
     };
-    const auto part = [&] { return Scratch<F>(lse_, p_.acc, {std::max(p_.heads * s_.d * s_.X, s_.Q * s_.d)}); };
+    const auto part = [&] {
+      return Scratch<F>(lse_, p_.acc, {std::max(p_.heads * s_.d * s_.X, chunk_ * s_.Q * s_.d)});
+    };
     const auto sample = [&] { return Scratch<F>(lse_, p_.acc, {s_.n * s_.X}); };
     for (int64_t first = 0; first < s_.B; first += chunk_) {
       const int64_t count = std::min(chunk_, s_.B - first);
+      if (p_.few_queries(chunk_))
+        for_each_block(s_.A, [] { return 0; }, [&](int64_t h, int) { widen(first, count, h); });
       for_each_block(count * p_.groups(), scratch, [&](int64_t i, Scratch<F>& memory) {
         group(first, i / p_.groups(), i % p_.groups(), memory);
       });
@@ -337,9 +406,11 @@ class Backward {
     F *p = memory.at[1], *ds = p + count * s_.n, *z = memory.at[2], *dq = z + count * s_.X;
     F* dz = mutable_data<F>(dz_q_) + (i * 2 * R_ + first) * s_.X;  // kept for dX, with q' after all of them
     F* q = dz + R_ * s_.X;
-    bmm_out(p_.query_of(b, g), p_.weight_of(p_.w_k, g), p_.by_head(q, g, s_.X));
+    if (!p_.few_queries(chunk_)) {
+      bmm_out(p_.query_of(b, g), p_.weight_of(p_.w_k, g), p_.by_head(q, g, s_.X));
+      bmm_out(p_.heads_of(data<F>(grad_), b, g), p_.weight_of(p_.w_v, g), p_.by_head(dz, g, s_.X));
+    }
     p_.score(p, q, x, b, g);
-    bmm_out(p_.heads_of(data<F>(grad_), b, g), p_.weight_of(p_.w_v, g), p_.by_head(dz, g, s_.X));
     mm_out(p_.matrix(dz, count, s_.X), p_.transposed(x, s_.n, s_.X), p_.matrix(ds, count, s_.n));
     for (int64_t r = 0; r < count; ++r) {
       F *p_r = p + r * s_.n, *ds_r = ds + r * s_.n;
@@ -361,15 +432,27 @@ class Backward {
     scatter_heads(dq_, i, g, dq, s_.X);
     scatter_rows(grad_rows_, i, g, data<F>(grad_) + b * p_.block());
     scatter_rows(query_rows_, i, g, data<F>(p_.query) + (s_.shared ? 0 : b * p_.block()));
-    if (needs_[0] && !s_.shared) query_gradient(b, g, dq, memory.at[3]);
   }
 
-  // dq = scale · dq' · W_kᵀ, of one sample.
-  void query_gradient(int64_t b, int64_t g, const F* dq_wide, F* heads) {
-    bmm_out(p_.by_head(dq_wide, g, s_.X), p_.weight_of_transposed(p_.w_k, g), p_.by_head(heads, g, s_.d));
-    for (int64_t r = 0; r < p_.heads_in(g) * s_.Q; ++r) {
-      const int64_t at = ((b * s_.Q + r % s_.Q) * s_.A + g * p_.heads + r / s_.Q) * s_.d;
-      round_to<T>(grads_[0], at, heads + r * s_.d, s_.d, scale_);
+  // q' and dZ of the chunk, of one head.
+  void widen(int64_t first, int64_t count, int64_t h) {
+    F* dz = mutable_data<F>(dz_q_);
+    F* q = dz + R_ * s_.X;
+    const int64_t sample = 2 * R_ * s_.X;
+    p_.widen_together(data<F>(grad_) + first * p_.block(), p_.w_v, count, h, dz, sample);
+    if (!s_.shared) return p_.widen_together(data<F>(p_.query) + first * p_.block(), p_.w_k, count, h, q, sample);
+    p_.widen_together(data<F>(p_.query), p_.w_k, 1, h, q, sample);
+    for (int64_t i = 1; i < count; ++i)
+      memcpy(q + i * sample + h * s_.Q * s_.X, q + h * s_.Q * s_.X, s_.Q * s_.X * sizeof(F));
+  }
+
+  // dq = scale · dq' · W_kᵀ, of the chunk.
+  void query_gradient(int64_t first, int64_t count, int64_t g, F* part) {
+    for (int64_t h = g * p_.heads; h < g * p_.heads + p_.heads_in(g); ++h) {
+      mm_out(p_.matrix(slot(dq_, h, 0, s_.X), count * s_.Q, s_.X),
+             p_.transposed(data<F>(p_.w_k) + h * s_.d * s_.X, s_.d, s_.X), p_.matrix(part, count * s_.Q, s_.d));
+      for (int64_t r = 0; r < count * s_.Q; ++r)
+        round_to<T>(grads_[0], ((first * s_.Q + r) * s_.A + h) * s_.d, part + r * s_.d, s_.d, scale_);
     }
   }
 
@@ -397,6 +480,7 @@ class Backward {
     if (needs_[3]) weight_gradient(dw_k_, query_rows_, dq_, count, g, part);
     if (needs_[4]) weight_gradient(dw_v_, grad_rows_, z_, count, g, part);
     if (needs_[0] && s_.shared) shared_query_gradient(count, g, part);
+    if (needs_[0] && !s_.shared) query_gradient(first, count, g, part);
   }
 
   // dW_h += rows_hᵀ · wide_h

@@ -124,39 +124,36 @@ void check_shapes(const Tensor& text, const std::vector<Tensor>& features, size_
       fail(kOp, "features must be [n, D] with the D and the dtype of the embeddings");
 }
 
-std::tuple<Tensor, Tensor> forward(
-    const Tensor& input_ids, const OptionalTensor& embed_weight, const OptionalTensor& inputs_embeds,
-    std::vector<Tensor> features, std::vector<int64_t> token_ids, std::vector<Tensor> feature_rows,
-    std::optional<std::vector<int64_t>> counts, std::optional<double> embed_scale,
-    std::optional<int64_t> /*padding_idx: backward only*/) {
-  const Tensor text = torch::stable::contiguous(inputs_embeds ? *inputs_embeds : *embed_weight);
-  check_shapes(text, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
-  const int64_t D = text.size(text.dim() - 1), T = input_ids.numel();
+// Where rows come from; keeps what it makes contiguous.
+struct Rows {
+  Tensor text;
+  std::vector<Tensor> features;
   Sources sources{};
-  sources.text = data<char>(text);
-  sources.modalities = static_cast<int32_t>(features.size());
   std::vector<int64_t> lengths;
-  for (size_t m = 0; m < features.size(); ++m) {
-    features[m] = torch::stable::contiguous(features[m]);
-    sources.features[m] = data<char>(features[m]);
-    lengths.push_back(features[m].size(0));
-    sources.first[m + 1] = sources.first[m] + lengths[m];
-  }
-  Tensor source = empty(text, {T}, ScalarType::Long);
-  const Plan plan{input_ids, lengths, token_ids, counts, inputs_embeds ? 0 : text.size(0)};
-  find_sources(plan, feature_rows, mutable_data<int64_t>(source));
 
-  Sizes shape(input_ids.sizes().begin(), input_ids.sizes().end());
-  shape.push_back(D);
-  Tensor merged = empty(text, shape);
-  dispatch_float("merge_embeddings", text.scalar_type(), [&](auto* tag) {
+  Rows(const Tensor& table, const std::vector<Tensor>& from) : text(torch::stable::contiguous(table)) {
+    sources.text = data<char>(text);
+    sources.modalities = static_cast<int32_t>(from.size());
+    sources.row_bytes = width() * static_cast<int64_t>(text.element_size());
+    for (size_t m = 0; m < from.size(); ++m) {
+      features.push_back(torch::stable::contiguous(from[m]));
+      sources.features[m] = data<char>(features[m]);
+      lengths.push_back(features[m].size(0));
+      sources.first[m + 1] = sources.first[m] + lengths[m];
+    }
+  }
+  int64_t width() const { return text.size(text.dim() - 1); }
+};
+
+void write_rows(const Tensor& to, const Rows& rows, const Tensor& source, std::optional<double> embed_scale) {
+  dispatch_float("merge_embeddings", rows.text.scalar_type(), [&](auto* tag) {
     using S = pointee<decltype(tag)>;
-    sources.row_bytes = D * static_cast<int64_t>(sizeof(S));
+    const Sources& sources = rows.sources;
     const int64_t* from = data<int64_t>(source);
-    char* to = mutable_data<char>(merged);
-    torch::stable::parallel_for(0, T, 64, [&](int64_t begin, int64_t end) {
+    char* first = mutable_data<char>(to);
+    torch::stable::parallel_for(0, source.numel(), 64, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        char* row = to + t * sources.row_bytes;
+        char* row = first + t * sources.row_bytes;
         if (embed_scale)
           merge_row<S>(row, sources, from[t], true, *embed_scale, 0, 1);
         else
@@ -164,7 +161,67 @@ std::tuple<Tensor, Tensor> forward(
       }
     });
   });
+}
+
+// Checks all, then writes to `out`, or to a new tensor.
+std::tuple<Tensor, Tensor> merge(
+    const OptionalTensor& out, const Tensor& input_ids, const OptionalTensor& embed_weight,
+    const OptionalTensor& inputs_embeds, const std::vector<Tensor>& features, const std::vector<int64_t>& token_ids,
+    const std::vector<Tensor>& feature_rows, const std::optional<std::vector<int64_t>>& counts,
+    std::optional<double> embed_scale) {
+  const Tensor& table = inputs_embeds ? *inputs_embeds : *embed_weight;
+  check_shapes(table, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
+  const Rows rows(table, features);
+  Tensor source = empty(rows.text, {input_ids.numel()}, ScalarType::Long);
+  const Plan plan{input_ids, rows.lengths, token_ids, counts, inputs_embeds ? 0 : table.size(0)};
+  find_sources(plan, feature_rows, mutable_data<int64_t>(source));
+  Sizes shape(input_ids.sizes().begin(), input_ids.sizes().end());
+  shape.push_back(rows.width());
+  const Tensor merged = out ? *out : empty(rows.text, shape);
+  write_rows(merged, rows, source, embed_scale);
   return {merged, source};
+}
+
+std::tuple<Tensor, Tensor> forward(
+    const Tensor& input_ids, const OptionalTensor& embed_weight, const OptionalTensor& inputs_embeds,
+    std::vector<Tensor> features, std::vector<int64_t> token_ids, std::vector<Tensor> feature_rows,
+    std::optional<std::vector<int64_t>> counts, std::optional<double> embed_scale,
+    std::optional<int64_t> /*padding_idx: backward only*/) {
+  return merge(std::nullopt, input_ids, embed_weight, inputs_embeds, features, token_ids, feature_rows, counts,
+               embed_scale);
+}
+
+Tensor forward_out(
+    const Tensor& out, const Tensor& input_ids, const OptionalTensor& embed_weight,
+    const OptionalTensor& inputs_embeds, std::vector<Tensor> features, std::vector<int64_t> token_ids,
+    std::vector<Tensor> feature_rows, std::optional<std::vector<int64_t>> counts, std::optional<double> embed_scale) {
+  return std::get<1>(merge(out, input_ids, embed_weight, inputs_embeds, features, token_ids, feature_rows, counts,
+                           embed_scale));
+}
+
+// A plan made elsewhere: in range, and no feature placed twice, whose gradient would need a sum.
+void check_sources(const Tensor& source, int64_t vocab, int64_t features) {
+  std::vector<bool> placed(features, false);
+  const int64_t* from = data<int64_t>(source);
+  for (int64_t t = 0; t < source.numel(); ++t) {
+    if (from[t] >= vocab || from[t] < -features)
+      fail("pack_embeddings: row_source[", t, "] is ", from[t], ", expected an id in [0, ", vocab,
+           ") or -1 - k of a feature row k in [0, ", features, ")");
+    if (from[t] >= 0) continue;
+    if (placed[-1 - from[t]]) fail("pack_embeddings: row_source[", t, "] is ", from[t], ", a feature row that already has a place");
+    placed[-1 - from[t]] = true;
+  }
+}
+
+Tensor pack(const Tensor& row_source, const Tensor& embed_weight, std::vector<Tensor> features,
+            std::optional<double> embed_scale, std::optional<int64_t> /*padding_idx: backward only*/) {
+  check_shapes(embed_weight, features, features.size());
+  const Rows rows(embed_weight, features);
+  const Tensor source = torch::stable::contiguous(row_source);
+  check_sources(source, rows.text.size(0), rows.sources.first[features.size()]);
+  const Tensor packed = empty(rows.text, {source.numel(), rows.width()});
+  write_rows(packed, rows, source, embed_scale);
+  return packed;
 }
 
 // Tokens grouped by the row they looked up: order[starts[i], starts[i+1]) all have ids[i].
@@ -215,9 +272,11 @@ void sum_by_row(const Groups& groups, const T* grad, T* table, int64_t D, double
   });
 }
 
-std::tuple<Tensor, std::vector<Tensor>> backward(
-    const Tensor& grad_, const Tensor& row_source, int64_t vocab, std::vector<int64_t> lengths,
-    std::optional<double> embed_scale, std::optional<int64_t> padding_idx, std::vector<bool> needs) {
+std::tuple<Tensor, std::vector<Tensor>> gradients(
+    const Tensor& grad_, const Tensor& row_source_, int64_t vocab, const std::vector<int64_t>& lengths,
+    std::optional<double> embed_scale, std::optional<int64_t> padding_idx, const std::vector<bool>& needs,
+    bool all_placed) {
+  const Tensor row_source = torch::stable::contiguous(row_source_);
   const Tensor grad = torch::stable::contiguous(grad_);
   const int64_t D = grad.size(grad.dim() - 1), T = row_source.numel();
   const int64_t* source = data<int64_t>(row_source);
@@ -226,7 +285,8 @@ std::tuple<Tensor, std::vector<Tensor>> backward(
   std::vector<Tensor> d_features;
   std::vector<char*> to;
   for (size_t m = 0; m < lengths.size(); ++m) {
-    d_features.push_back(empty(grad, needs[1 + m] ? Sizes{lengths[m], D} : Sizes{0}));
+    const Sizes sizes = needs[1 + m] ? Sizes{lengths[m], D} : Sizes{0};
+    d_features.push_back(all_placed ? empty(grad, sizes) : torch::stable::new_zeros(grad, sizes));
     to.push_back(needs[1 + m] ? mutable_data<char>(d_features[m]) : nullptr);
   }
   dispatch_float("merge_embeddings", grad.scalar_type(), [&](auto* tag) {
@@ -252,10 +312,25 @@ std::tuple<Tensor, std::vector<Tensor>> backward(
   return {d_text, d_features};
 }
 
+std::tuple<Tensor, std::vector<Tensor>> backward(
+    const Tensor& grad, const Tensor& row_source, int64_t vocab, std::vector<int64_t> lengths,
+    std::optional<double> embed_scale, std::optional<int64_t> padding_idx, std::vector<bool> needs) {
+  return gradients(grad, row_source, vocab, lengths, embed_scale, padding_idx, needs, true);
+}
+
+std::tuple<Tensor, std::vector<Tensor>> pack_backward(
+    const Tensor& grad, const Tensor& row_source, int64_t vocab, std::vector<int64_t> lengths,
+    std::optional<double> embed_scale, std::optional<int64_t> padding_idx, std::vector<bool> needs) {
+  return gradients(grad, row_source, vocab, lengths, embed_scale, padding_idx, needs, false);
+}
+
 }  // namespace
 }  // namespace mmkernels::merge_embeddings
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("merge_embeddings", TORCH_BOX(&mmkernels::merge_embeddings::forward));
+  m.impl("merge_embeddings_out", TORCH_BOX(&mmkernels::merge_embeddings::forward_out));
   m.impl("merge_embeddings_backward", TORCH_BOX(&mmkernels::merge_embeddings::backward));
+  m.impl("pack_embeddings", TORCH_BOX(&mmkernels::merge_embeddings::pack));
+  m.impl("pack_embeddings_backward", TORCH_BOX(&mmkernels::merge_embeddings::pack_backward));
 }

@@ -27,44 +27,91 @@ void check_features(const Tensor& text, const std::vector<Tensor>& features, siz
       fail("merge_embeddings: features must be [n, D] with the D and the dtype of the embeddings");
 }
 
+// Where rows come from; keeps what it makes contiguous.
+struct Rows {
+  Tensor text;
+  std::vector<Tensor> features;
+  Sources sources{};
+
+  Rows(const Tensor& table, const std::vector<Tensor>& from) : text(torch::stable::contiguous(table)) {
+    sources.text = data<char>(text), sources.modalities = static_cast<int32_t>(from.size());
+    sources.row_bytes = width() * static_cast<int64_t>(text.element_size());
+    for (size_t m = 0; m < from.size(); ++m) {
+      features.push_back(torch::stable::contiguous(from[m]));
+      sources.features[m] = data<char>(features[m]);
+      sources.first[m + 1] = sources.first[m] + features[m].size(0);
+    }
+  }
+  int64_t width() const { return text.size(text.dim() - 1); }
+};
+
+void write_rows(const Tensor& to, const Rows& rows, const Tensor& source, int64_t text_rows,
+                std::optional<double> embed_scale, cudaStream_t stream) {
+  const MergeArgs args{rows.sources, data<int64_t>(source), mutable_data<char>(to), source.numel(), text_rows,
+                       rows.sources.first[rows.features.size()], embed_scale.has_value(), embed_scale.value_or(1.0)};
+  if (source.numel() && rows.width()) check_cuda("merge_embeddings", launch_merge(args, dtype_of(rows.text), stream));
+}
+
+// To `out`, or to a new tensor.
+std::tuple<Tensor, Tensor> merge(
+    const OptionalTensor& out, const Tensor& input_ids, const OptionalTensor& embed_weight,
+    const OptionalTensor& inputs_embeds, const std::vector<Tensor>& features, const std::vector<int64_t>& token_ids,
+    std::vector<Tensor> feature_rows, std::optional<double> embed_scale) {
+  const DeviceGuard guard(input_ids.get_device_index());
+  const cudaStream_t stream = current_stream(input_ids.get_device_index());
+  const Tensor& table = inputs_embeds ? *inputs_embeds : *embed_weight;
+  check_features(table, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
+  const Rows rows(table, features);
+  const Tensor ids = torch::stable::contiguous(input_ids);
+  const int64_t T = ids.numel();
+
+  PlanArgs plan{};
+  plan.ids = ids.data_ptr(), plan.ids_are_int64 = ids.scalar_type() == ScalarType::Long;
+  plan.T = T, plan.vocab = inputs_embeds ? 0 : table.size(0);
+  plan.modalities = static_cast<int32_t>(features.size()), plan.by_row = !feature_rows.empty();
+  for (size_t m = 0; m < features.size(); ++m) {
+    plan.first[m + 1] = rows.sources.first[m + 1];
+    if (plan.by_row) feature_rows[m] = torch::stable::contiguous(feature_rows[m]);
+    if (plan.by_row) plan.rows[m] = data<int64_t>(feature_rows[m]);
+    else plan.token_ids[m] = token_ids[m];
+  }
+  Tensor source = empty(rows.text, {T}, ScalarType::Long);
+  plan.source = mutable_data<int64_t>(source);
+  Sizes shape(input_ids.sizes().begin(), input_ids.sizes().end());
+  shape.push_back(rows.width());
+  const Tensor merged = out ? *out : empty(rows.text, shape);
+  if (T) check_cuda("merge_embeddings", launch_plan(plan, stream));
+  write_rows(merged, rows, source, INT64_MAX, embed_scale, stream);  // the plan's text rows are in range
+  return {merged, source};
+}
+
 std::tuple<Tensor, Tensor> forward(
     const Tensor& input_ids, const OptionalTensor& embed_weight, const OptionalTensor& inputs_embeds,
     std::vector<Tensor> features, std::vector<int64_t> token_ids, std::vector<Tensor> feature_rows,
     std::optional<std::vector<int64_t>> /*counts: on CUDA only totals are checked*/,
     std::optional<double> embed_scale, std::optional<int64_t> /*padding_idx: backward only*/) {
-  const DeviceGuard guard(input_ids.get_device_index());
-  const cudaStream_t stream = current_stream(input_ids.get_device_index());
-  const Tensor text = torch::stable::contiguous(inputs_embeds ? *inputs_embeds : *embed_weight);
-  const Tensor ids = torch::stable::contiguous(input_ids);
-  check_features(text, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
-  const int64_t D = text.size(text.dim() - 1), T = ids.numel();
+  return merge(std::nullopt, input_ids, embed_weight, inputs_embeds, features, token_ids, feature_rows, embed_scale);
+}
 
-  PlanArgs plan{};
-  plan.ids = ids.data_ptr(), plan.ids_are_int64 = ids.scalar_type() == ScalarType::Long;
-  plan.T = T, plan.vocab = inputs_embeds ? 0 : text.size(0);
-  plan.modalities = static_cast<int32_t>(features.size()), plan.by_row = !feature_rows.empty();
-  Sources sources{};
-  sources.text = data<char>(text), sources.modalities = plan.modalities;
-  sources.row_bytes = D * static_cast<int64_t>(text.element_size());
-  for (size_t m = 0; m < features.size(); ++m) {
-    features[m] = torch::stable::contiguous(features[m]);
-    if (plan.by_row) feature_rows[m] = torch::stable::contiguous(feature_rows[m]);
-    sources.features[m] = data<char>(features[m]);
-    sources.first[m + 1] = plan.first[m + 1] = plan.first[m] + features[m].size(0);
-    if (plan.by_row) plan.rows[m] = data<int64_t>(feature_rows[m]);
-    else plan.token_ids[m] = token_ids[m];
-  }
-  Tensor source = empty(text, {T}, ScalarType::Long);
-  plan.source = mutable_data<int64_t>(source);
-  Sizes shape(input_ids.sizes().begin(), input_ids.sizes().end());
-  shape.push_back(D);
-  Tensor merged = empty(text, shape);
-  if (T == 0) return {merged, source};
-  check_cuda("merge_embeddings", launch_plan(plan, stream));
-  const MergeArgs args{sources, plan.source, mutable_data<char>(merged), T, sources.first[features.size()],
-                       embed_scale.has_value(), embed_scale.value_or(1.0)};
-  if (D) check_cuda("merge_embeddings", launch_merge(args, dtype_of(text), stream));
-  return {merged, source};
+Tensor forward_out(
+    const Tensor& out, const Tensor& input_ids, const OptionalTensor& embed_weight,
+    const OptionalTensor& inputs_embeds, std::vector<Tensor> features, std::vector<int64_t> token_ids,
+    std::vector<Tensor> feature_rows, std::optional<std::vector<int64_t>> /*counts*/,
+    std::optional<double> embed_scale) {
+  return std::get<1>(
+      merge(out, input_ids, embed_weight, inputs_embeds, features, token_ids, feature_rows, embed_scale));
+}
+
+// A plan made elsewhere: what is out of range becomes a row of zeros and an error to poll.
+Tensor pack(const Tensor& row_source, const Tensor& embed_weight, std::vector<Tensor> features,
+            std::optional<double> embed_scale, std::optional<int64_t> /*padding_idx: backward only*/) {
+  const DeviceGuard guard(row_source.get_device_index());
+  check_features(embed_weight, features, features.size());
+  const Rows rows(embed_weight, features);
+  const Tensor source = torch::stable::contiguous(row_source);
+  Tensor packed = empty(rows.text, {source.numel(), rows.width()});
+  write_rows(packed, rows, source, rows.text.size(0), embed_scale, current_stream(row_source.get_device_index()));
+  return packed;
 }
 
 // Tokens sorted by their row: aten::sort.stable
@@ -75,8 +122,9 @@ std::tuple<Tensor, Tensor> sort_stable(const Tensor& t) {
 }
 
 std::tuple<Tensor, std::vector<Tensor>> backward(
-    const Tensor& grad_, const Tensor& row_source, int64_t vocab, std::vector<int64_t> lengths,
+    const Tensor& grad_, const Tensor& row_source_, int64_t vocab, std::vector<int64_t> lengths,
     std::optional<double> embed_scale, std::optional<int64_t> padding_idx, std::vector<bool> needs) {
+  const Tensor row_source = torch::stable::contiguous(row_source_);
   const DeviceGuard guard(grad_.get_device_index());
   const cudaStream_t stream = current_stream(grad_.get_device_index());
   const Tensor grad = torch::stable::contiguous(grad_);
@@ -121,7 +169,10 @@ std::vector<int64_t> poll(int64_t device) {
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CUDA, m) {
   m.impl("merge_embeddings", TORCH_BOX(&mmkernels::merge_embeddings::forward));
+  m.impl("merge_embeddings_out", TORCH_BOX(&mmkernels::merge_embeddings::forward_out));
   m.impl("merge_embeddings_backward", TORCH_BOX(&mmkernels::merge_embeddings::backward));
+  m.impl("pack_embeddings", TORCH_BOX(&mmkernels::merge_embeddings::pack));
+  m.impl("pack_embeddings_backward", TORCH_BOX(&mmkernels::merge_embeddings::backward));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mmkernels, m) { m.def("merge_embeddings_poll(int device) -> int[]"); }

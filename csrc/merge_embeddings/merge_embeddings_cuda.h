@@ -25,7 +25,9 @@ struct MergeArgs {
   Sources sources;
   const int64_t* source;  // [T]
   char* out;              // [T, D]
-  int64_t T, available;   // feature rows there are, all modalities
+  int64_t T;
+  int64_t text_rows;      // a source from here on is an error of the caller's plan; INT64_MAX: planned here
+  int64_t available;      // feature rows there are, all modalities
   bool scaled;
   double scale;
 };

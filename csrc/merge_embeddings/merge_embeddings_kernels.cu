@@ -110,7 +110,9 @@ __global__ void merge_kernel(const __grid_constant__ MergeArgs a) {
   if (t >= a.T) return;
   const int64_t source = a.source[t], lane = threadIdx.x & 31;
   char* row = a.out + t * a.sources.row_bytes;
-  if (source < 0 && -1 - source >= a.available)
+  const bool bad = source >= a.text_rows || (source < 0 && -1 - source >= a.available);
+  if (bad && a.text_rows != INT64_MAX && lane == 0) latch(4, t, source, a.text_rows);
+  if (bad)
     zero_row(row, a.sources.row_bytes, lane, 32);
   else
     merge_row<T>(row, a.sources, source, a.scaled, a.scale, lane, 32);
@@ -138,7 +140,7 @@ template <class T>
 __global__ void embed_grad_kernel(const __grid_constant__ BackwardArgs a) {
   const int64_t i = blockIdx.x;
   const int64_t id = a.sorted[i];
-  if (id < 0 || id == a.padding || (i > 0 && a.sorted[i - 1] == id)) return;
+  if (id < 0 || id >= a.vocab || id == a.padding || (i > 0 && a.sorted[i - 1] == id)) return;
   int64_t end = i + 1;
   while (end < a.T && a.sorted[end] == id) ++end;
   sum_rows(reinterpret_cast<T*>(a.table) + id * a.D, reinterpret_cast<const T*>(a.grad), a.order, i, end, a.D,

@@ -182,5 +182,5 @@ class Resampler(nn.Module):
             scores = torch.where(mask, scores, -torch.inf)
         return mmkernels.cross_attention(
             folded.query, scaled, folded.key_weight, folded.value_weight, None, folded.value_bias,
-            num_heads=A, attention_mask=scores, algorithm="absorbed",
+            num_heads=A, attention_mask=scores,
         )  # fmt: skip

@@ -4,7 +4,9 @@
 from mmkernels.ops.compact_kv import CompactedKV, compact_kv
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
+from mmkernels.ops.mrope_positions import mrope_positions
 from mmkernels.ops.norm import Norm
+from mmkernels.ops.pack_embeddings import PackPlan, pack_bins, pack_embeddings, plan_pack
 from mmkernels.ops.paged_attention import paged_attention
 from mmkernels.ops.patch_embed import PackedPatches, patch_embed, patch_embed_packed
 from mmkernels.ops.patch_merge import patch_merge
@@ -14,6 +16,8 @@ OPS = (
     "cross_attention",
     "merge_embeddings",
     "patch_merge",
+    "pack_embeddings",
+    "mrope_positions",
     "paged_attention",
     "compact_kv",
 )
@@ -22,13 +26,18 @@ __all__ = [
     "OPS",
     "CompactedKV",
     "Norm",
+    "PackPlan",
     "PackedPatches",
     "compact_kv",
     "cross_attention",
     "merge_embeddings",
+    "mrope_positions",
+    "pack_bins",
+    "pack_embeddings",
     "paged_attention",
     "patch_embed",
     "patch_embed_packed",
     "patch_merge",
+    "plan_pack",
     "poll_errors",
 ]

@@ -32,7 +32,15 @@ from mmkernels import backends
 from mmkernels.testing import gradients, yardstick
 from mmkernels.testing.case import Inputs, map_tensors
 
-OPS = ("patch_embed", "patch_merge", "paged_attention")
+OPS = (
+    "patch_embed",
+    "patch_merge",
+    "cross_attention",
+    "mrope_positions",
+    "merge_embeddings",
+    "pack_embeddings",
+    "paged_attention",
+)
 Letters = dict[str, Any]
 
 

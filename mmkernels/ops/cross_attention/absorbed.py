@@ -47,7 +47,8 @@ def position_scores(
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         q = query.to(wide).unflatten(-1, (A, -1)).transpose(-2, -3) * scale
-        tables = [F.linear(p.to(wide), key_weight.to(wide)) for p in position]
+        weight = key_weight.to(wide)  # once: its gradient then rounds once
+        tables = [F.linear(p.to(wide), weight) for p in position]
         scores = [q @ t.unflatten(-1, (A, -1)).permute(1, 2, 0) for t in tables]
     if len(scores) == 2:
         rows, columns = scores

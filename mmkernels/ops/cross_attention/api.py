@@ -4,6 +4,7 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from mmkernels import checks
 from mmkernels.ops.cross_attention import arguments
@@ -134,7 +135,7 @@ def _padded(
         if value is not None:
             checks.fail(OP, name, "given", "None with cu_seqlens")
     rows, inside = arguments.places_of(cu_seqlens, max_seqlen, context.shape[0])
-    if context.shape[0] == 0:
-        return context.new_empty(*rows.shape, context.shape[1]), inside
+    if context.shape[0] == 0:  # a row to pad with; the gradient, of no rows, still has a path
+        context = F.pad(context, (0, 0, 0, 1))
     padded = context.index_select(0, rows.flatten()).view(*rows.shape, context.shape[1])
     return padded, inside

@@ -21,10 +21,23 @@ _CHARGES = {
 _GPU = {False: (1.3, 0, 0), True: (4.5, 0, 0)}
 
 
+def _slow_on_cpu() -> frozenset[torch.dtype]:
+    """What torch multiplies without vectors here (bf16 without AVX-512, fp16 without AVX512-FP16): 200 times slower
+    than in fp32, which our kernel multiplies in."""
+    asks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    known = {dtype: getattr(torch.ops.mkldnn, ask, None) for dtype, ask in asks.items()}
+    return frozenset(dtype for dtype, supported in known.items() if supported and not supported())
+
+
+_SLOW_ON_CPU = _slow_on_cpu()
+
+
 def absorbs(
     Q: int, n: int, d: int, X: int, dtype: torch.dtype, device: str = "cpu", training: bool = False
 ) -> bool:
     """Whether the absorbed algorithm is expected to be the faster one; ``training``: with its backward."""
+    if device == "cpu" and dtype in _SLOW_ON_CPU:
+        return True
     half = dtype in (torch.float16, torch.bfloat16)
     work, of_weights, of_context = _CHARGES.get((device, half, training), _GPU[half])
     projected = 2 * n * d * X + 2 * Q * n * d

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mmkernels import checks
-from mmkernels.ops.merge_embeddings.op import FORWARD
+from mmkernels.ops.merge_embeddings.op import FORWARD, OUT
 
 _OP = "merge_embeddings"
 
@@ -24,6 +24,7 @@ def merge_embeddings(
     padding_idx: int | None = None,
     feature_counts: Sequence[Sequence[int]] | None = None,
     check: str | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Looks up token embeddings and puts features in the placeholders' rows, in one pass.
 
@@ -45,9 +46,11 @@ def merge_embeddings(
         check: On CPU values are always checked first. On CUDA ``"sync"`` (eager default) checks with
             one small copy, ``"async"`` (default under compile and capture) never syncs: a bad row
             is zero and the error is raised at the next ``poll_errors()``.
+        out: Contiguous ``[..., L, D]`` to write to, without autograd: page faults of fresh memory cost more than
+            copying on CPU, and a CUDA graph wants the same address.
 
     Returns:
-        ``[..., L, D]`` in the text's dtype.
+        ``[..., L, D]`` in the text's dtype; ``out`` if given.
 
     Gradients: embed_weight, inputs_embeds, features.
 
@@ -65,11 +68,17 @@ def merge_embeddings(
     if inputs_embeds is not None and embed_scale is not None:
         checks.fail(_OP, "embed_scale", embed_scale, "None with inputs_embeds (scale them first)")
     _check_mode(check)
+    arguments = (
+        input_ids, embed_weight if inputs_embeds is None else None, inputs_embeds, flat, list(feature_token_ids),
+        list(feature_rows or ()), counts, embed_scale,
+    )  # fmt: skip
     try:
-        merged: torch.Tensor = FORWARD(
-            input_ids, embed_weight if inputs_embeds is None else None, inputs_embeds, flat,
-            list(feature_token_ids), list(feature_rows or ()), counts, embed_scale, padding_idx,
-        )[0]  # fmt: skip
+        if out is None:
+            merged: torch.Tensor = FORWARD(*arguments, padding_idx)[0]
+        else:
+            _check_out(out, input_ids, text, flat)
+            OUT(out, *arguments)
+            merged = out
     except RuntimeError as error:
         # The stable ABI can only throw RuntimeError; a wrong value is a ValueError, as elsewhere.
         if str(error).startswith(_OP):
@@ -95,10 +104,25 @@ def poll_errors(device: torch.device | str = "cuda") -> None:
         raise ValueError(
             f"{_OP}: features[{where}] has {limit} rows, but input_ids has {value} placeholders"
         )
+    if kind == 4:
+        raise ValueError(
+            f"pack_embeddings: row_source[{where}] is {value}, expected an id in [0, {limit}) or a feature row"
+        )
     if kind == 3:
         raise ValueError(
             f"{_OP}: feature_rows (entry {where}) is {value}, expected a free token index in [0, {limit})"
         )
+
+
+def _check_out(
+    out: torch.Tensor, input_ids: torch.Tensor, text: torch.Tensor, features: list[torch.Tensor]
+) -> None:
+    checks.like(_OP, "out", out, text, "the embeddings")
+    checks.shape(_OP, "out", out, (*input_ids.shape, text.shape[-1]), "[*input_ids.shape, D]")
+    if not out.is_contiguous():
+        checks.fail(_OP, "out", f"strides {list(out.stride())}", "contiguous")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (out, text, *features)):
+        checks.fail(_OP, "out", "given", "None where a gradient is needed")
 
 
 def _must_not_sync() -> bool:

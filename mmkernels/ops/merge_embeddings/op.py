@@ -30,7 +30,7 @@ def _fake(
     return merged, torch.empty(input_ids.numel(), dtype=torch.int64, device=input_ids.device)
 
 
-def _fake_backward(
+def fake_backward(
     grad: torch.Tensor,
     row_source: torch.Tensor,
     vocab: int,
@@ -54,12 +54,19 @@ FORWARD = backends.define(
     reference=reference.merge_embeddings,
     fake=_fake,
 )
+OUT = backends.define(  # not differentiable: for graphs and serving, whose memory is theirs
+    "merge_embeddings_out",
+    "(Tensor(a!) out, Tensor input_ids, Tensor? embed_weight, Tensor? inputs_embeds, Tensor[] features,"
+    " int[] feature_token_ids, Tensor[] feature_rows, SymInt[]? feature_counts, float? embed_scale) -> Tensor",
+    reference=reference.merge_embeddings_out,
+    fake=lambda out, input_ids, *rest: input_ids.new_empty(input_ids.numel(), dtype=torch.int64),
+)
 BACKWARD = backends.define(
     "merge_embeddings_backward",
     "(Tensor grad, Tensor row_source, SymInt vocab, SymInt[] feature_lengths, float? embed_scale,"
     " int? padding_idx, bool[] needs) -> (Tensor, Tensor[])",
     reference=reference.merge_embeddings_backward,
-    fake=_fake_backward,
+    fake=fake_backward,
     autocast_skip=(0,),
 )
 

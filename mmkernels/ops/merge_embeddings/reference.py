@@ -11,6 +11,7 @@ The embedding gradient sums in fp32 (fp64 for float64) and rounds once.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -32,20 +33,36 @@ def merge_embeddings(
     lengths = [f.shape[0] for f in features]
     vocab = 0 if embed_weight is None else embed_weight.shape[0]
     source = row_source(input_ids, vocab, lengths, feature_token_ids, feature_rows, feature_counts)
-    D = text.shape[-1]
-    table = text.reshape(-1, D)
+    rows = gather_rows(source, text.reshape(-1, text.shape[-1]), features, embed_scale)
+    return rows.view(*input_ids.shape, text.shape[-1]), source
+
+
+def gather_rows(
+    source: torch.Tensor,
+    table: torch.Tensor,
+    features: list[torch.Tensor],
+    embed_scale: float | None,
+) -> torch.Tensor:
+    """``[T, D]`` of a plan."""
     is_text = source >= 0
-    rows = torch.zeros(source.shape[0], D, dtype=text.dtype, device=text.device)
+    rows = torch.zeros(len(source), table.shape[1], dtype=table.dtype, device=table.device)
     looked_up = table[source[is_text]]
     if embed_scale is not None:
-        wide = torch.promote_types(text.dtype, torch.float32)
-        looked_up = (looked_up.to(wide) * embed_scale).to(text.dtype)
+        wide = torch.promote_types(table.dtype, torch.float32)
+        looked_up = (looked_up.to(wide) * embed_scale).to(table.dtype)
     rows = rows.index_put((is_text.nonzero().squeeze(1),), looked_up)
     if features:
-        rows = rows.index_put(
-            ((~is_text).nonzero().squeeze(1),), torch.cat(features)[-1 - source[~is_text]]
-        )
-    return rows.view(*input_ids.shape, D), source
+        placed = (~is_text).nonzero().squeeze(1)
+        rows = rows.index_put((placed,), torch.cat(features)[-1 - source[~is_text]])
+    return rows
+
+
+def merge_embeddings_out(out: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """Into ``out`` [..., D]; arguments as above but padding_idx; returns row_source [T]."""
+    padding_idx = None
+    merged, source = merge_embeddings(*(*arguments, padding_idx))
+    out.copy_(merged)
+    return source
 
 
 def row_source(

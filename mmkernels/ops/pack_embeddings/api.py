@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public ``pack_embeddings``."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mmkernels import checks
+from mmkernels.ops.pack_embeddings.op import FORWARD
+from mmkernels.ops.pack_embeddings.plan import PackPlan
+
+_OP = "pack_embeddings"
+
+
+def pack_embeddings(
+    plan: PackPlan | torch.Tensor,
+    embed_weight: torch.Tensor,
+    features: Sequence[torch.Tensor] = (),
+    *,
+    embed_scale: float | None = None,
+    padding_idx: int | None = None,
+) -> torch.Tensor:
+    """The packed sequence of a plan: each row is read once and written once.
+
+    ``out[t] = embed_scale · embed_weight[s]`` where s = ``plan.row_source[t]`` ≥ 0, else row ``-1 - s`` of the
+    features, counted through the modalities.
+
+    Args:
+        plan: Of ``plan_pack``, or its ``row_source`` ``[T]`` int64; on the device of the embeddings.
+        embed_weight: ``[V, D]``.
+        features: ``[n_m, D]`` (or ``[..., D]``) a modality, over the samples as given to ``plan_pack``; cast to the
+            dtype of embed_weight. Rows without a place (of another bin) have gradient 0.
+        embed_scale: Multiplies looked-up rows, not features (Gemma).
+        padding_idx: This row of ``embed_weight`` gets no gradient.
+
+    Returns:
+        ``[T, D]`` in the dtype of embed_weight.
+
+    Gradients: embed_weight, features.
+
+    Raises:
+        ValueError, TypeError: Names argument, got, expected; on CPU before anything is written. On CUDA a source out of
+            range becomes a row of zeros and an error at the next ``poll_errors()``; there is no host sync.
+
+    Numerics: rows are copied bit by bit; the embedding gradient is summed in fp32 in row order.
+
+    Source: ``LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal`` (LLaVA), one pass instead of a loop.
+    """
+    source = plan.row_source if isinstance(plan, PackPlan) else plan
+    if source.dtype != torch.int64 or source.dim() != 1:
+        checks.fail(_OP, "row_source", f"{source.dtype} {list(source.shape)}", "int64 [T]")
+    checks.floating(_OP, "embed_weight", embed_weight)
+    if embed_weight.dim() != 2:
+        checks.fail(_OP, "embed_weight", list(embed_weight.shape), "[V, D]")
+    if source.device != embed_weight.device:
+        checks.fail(_OP, "row_source", source.device, f"on {embed_weight.device}")
+    flat = [_feature(f, m, embed_weight) for m, f in enumerate(features)]
+    try:
+        packed: torch.Tensor = FORWARD(source, embed_weight, flat, embed_scale, padding_idx)
+    except RuntimeError as error:
+        # The stable ABI can only throw RuntimeError; a wrong value is a ValueError, as elsewhere.
+        if str(error).startswith((_OP, "merge_embeddings")):
+            raise ValueError(str(error).splitlines()[0]) from None
+        raise
+    return packed
+
+
+def _feature(feature: torch.Tensor, m: int, text: torch.Tensor) -> torch.Tensor:
+    name = f"features[{m}]"
+    checks.floating(_OP, name, feature)
+    if feature.device != text.device:
+        checks.fail(_OP, name, feature.device, f"on the device of the embeddings, {text.device}")
+    if feature.dim() < 2 or feature.shape[-1] != text.shape[-1]:
+        checks.fail(_OP, name, list(feature.shape), f"[n, D] with D = {text.shape[-1]}")
+    return feature.reshape(-1, feature.shape[-1]).to(text.dtype)

@@ -210,19 +210,14 @@ def trainable(inputs: Inputs, frozen: str) -> Inputs:
     return map_tensors(inputs, lambda t: t.detach().requires_grad_(id(t) in wanted))
 
 
-def _timed(cases: ModuleType, name: str) -> Function:
-    """What writes its inputs is checked on copies and timed without."""
-    function: Function = getattr(cases, f"{name}_in_place", getattr(cases, name))
-    return function
-
-
 def variants(job: Job, inputs: Inputs, algorithm: str, compiled: bool) -> dict[str, Step]:
     """Ours and the baselines; for an op with algorithms, also the one ``auto`` did not choose."""
     cases = cases_of(job.op)
     functions: dict[str, Function] = {
-        "ours": _timed(cases, "run"),
-        "eager": _timed(cases, "eager"),
-        "library": _timed(cases, "library"),
+        "ours": cases.run,
+        "eager": cases.eager,
+        "library": cases.library,
+        **getattr(cases, "APART", {}),
     }
     if algorithm:
         other = "projected" if algorithm == "absorbed" else "absorbed"
@@ -230,7 +225,7 @@ def variants(job: Job, inputs: Inputs, algorithm: str, compiled: bool) -> dict[s
     if compiled and not getattr(cases, "EXACT", False):  # a loop over lists is nothing to compile
         torch.compiler.reset()
         mode = "max-autotune-no-cudagraphs" if job.device == "cuda" else "default"
-        functions["compile"] = torch.compile(_timed(cases, "eager"), dynamic=False, mode=mode)
+        functions["compile"] = torch.compile(functions["eager"], dynamic=False, mode=mode)
     if job.direction == "fwd" and hasattr(cases, "ceiling"):
         prepared = dict(inputs)
         cases.prepare_ceiling(prepared)

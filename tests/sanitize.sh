@@ -41,7 +41,7 @@ assert mmkernels.__file__.startswith('$copy'), mmkernels.__file__
 assert not backends.native_error(), backends.native_error()
 assert 'libasan' in open('/proc/self/maps').read()"
 
-op_tests="(patch_embed or merge_embeddings or patch_merge or cross_attention or mrope_positions) and (bound or layouts or empty or invalid or itself or threads) and not real_models"
+op_tests="(patch_embed or merge_embeddings or patch_merge or cross_attention or mrope_positions or paged_attention or compact_kv) and (bound or layouts or empty or invalid or itself or threads) and not real_models"
 echo "== op tests"
 sanitized "" "$python" -m pytest -q -x -p no:randomly tests/test_ops.py tests/test_errors.py -k "$op_tests"
 echo "== $cases random calls"

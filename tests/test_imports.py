@@ -11,6 +11,7 @@ ROOMS = {
     "ops": {"ops", "backends", "checks", "testing"},
     "testing": {"testing", "backends"},
     "nn": {"nn", "ops", "backends", "checks"},
+    "cache": {"cache", "ops"},
     "models": {"models", "nn", "ops", "backends", "checks"},
     "train": {"train", "models", "nn", "ops", "backends", "checks"},
 }

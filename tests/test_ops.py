@@ -231,8 +231,10 @@ def test_empty_inputs(cases: ModuleType, case: Case) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
     cases = cases_of(op)
-    tag = "gradcheck" if op in DIFFERENTIABLE else "test"
-    for case in [c for c in cases.CASES if tag in c.tags]:
+    chosen = [c for c in cases.CASES if "gradcheck" in c.tags]
+    if op not in DIFFERENTIABLE:
+        chosen = [c for c in cases.CASES if "test" in c.tags][::3]
+    for case in chosen:
         inputs = cases.make_inputs(case, torch.float32)
         with captured_calls() as calls:
             result(cases, inputs)

@@ -23,9 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from mmkernels.ops.compact_kv import triton as compact_kv
 from mmkernels.ops.cross_attention import triton as cross_attention
 from mmkernels.ops.mrope_positions import FAMILIES
 from mmkernels.ops.mrope_positions import triton as mrope_positions
+from mmkernels.ops.paged_attention import triton as paged_attention
 from mmkernels.ops.patch_embed import triton as patch_embed
 from mmkernels.ops.patch_merge import triton as patch_merge
 
@@ -258,6 +260,30 @@ def _mrope_positions(family: str, seconds: bool = False, packed: bool = False) -
     )  # fmt: skip
 
 
+def _paged(
+    dtype: torch.dtype,
+    B: int,
+    H: int,
+    G: int,
+    d: int,
+    page: int,
+    *,
+    T: int = 0,
+    prefix: bool = False,
+    int8: bool = False,
+) -> None:
+    """A decode, or with T a packed prefill."""
+    index = lambda *shape: _meta(*shape, dtype=torch.int32)
+    cache = _meta(4096, page, H, d, dtype=torch.int8 if int8 else dtype)
+    scale = _meta(H, dtype=torch.float32) if int8 else None
+    groups = (index(B), index(2, 128), index(2)) if prefix else (None, None, None)
+    paged_attention.paged_attention(
+        _meta(T or B, H * G, d, dtype=dtype), cache, cache, index(B, 256), index(B),
+        index(B + 1) if T else None, scale, scale, *groups, True, d**-0.5,
+def _compact(dtype: torch.dtype, page: int) -> None:
+    index = lambda *shape: _meta(*shape, dtype=torch.int64)
+    cache, keep = _meta(28, 1024, page, 4, 128, dtype=dtype), _meta(2, 8192, dtype=torch.bool)
+    compact_kv.compact_kv(cache, cache, index(2, 512), index(2, 512), index(2), keep)
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -300,6 +326,14 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "merge_rms_ckk": lambda t: _patch_merge(t, 8192, 1111, 4, "rms", True, gathered=True, ckk=True),
     "merge_bare": lambda t: _patch_merge(t, 8192, 1152, 4, "none", False, gathered=True),
     "merge_wide_norm": lambda t: _patch_merge(t, 4096, 3584, 1, "layer", False, gathered=False),
+    "paged_decode_qwen2": lambda t: _paged(t, 16, 4, 7, 128, 16, prefix=True),
+    "paged_decode_mha": lambda t: _paged(t, 64, 32, 1, 80, 16),
+    "paged_prefill": lambda t: _paged(t, 8, 8, 4, 128, 16, T=2048, prefix=True),
+    "paged_prefill_d256": lambda t: _paged(t, 8, 1, 16, 256, 256, T=2048),
+    "paged_int8": lambda t: _paged(t, 16, 4, 7, 128, 16, T=512, int8=True),
+    "paged_pages_of_1": lambda t: _paged(t, 16, 4, 8, 64, 1),
+    "compact_qwen2_7b": lambda t: _compact(t, 16),
+    "compact_pages_of_1": lambda t: _compact(t, 1),
     "cross_of_ones": lambda t: _cross_attention(t, 1, 1, 1, 1, 1, 1, shared=True),
 }
 FP16_CASES = ("clip_l14_336", "blip2_layer")

@@ -40,6 +40,7 @@ OPS = (
     "merge_embeddings",
     "pack_embeddings",
     "mrope",
+    "paged_attention",
 )
 Letters = dict[str, Any]
 

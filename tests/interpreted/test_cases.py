@@ -10,7 +10,7 @@ import torch
 from mmkernels.testing import Case, gradients, yardstick
 from mmkernels.testing.case import Inputs
 
-OPS = ("patch_embed", "cross_attention", "patch_merge")
+OPS = ("patch_embed", "cross_attention", "patch_merge", "paged_attention", "compact_kv")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # For an interpreter; test_layouts.py and test_patch_embed.py have several tiles, groups and filters, too.
 TOO_LONG = (

@@ -48,9 +48,8 @@ def _version(name: str) -> str:
 def _kernel(op: str, device: str) -> dict[str, str]:
     both = {}
     for direction, name in (("forward", op), ("backward", f"{op}_backward")):
-            both[direction] = "none: inference only"
         if not hasattr(torch.ops.mmkernels, name):
-        if not hasattr(torch.ops.mmkernels, name):  # an op without a gradient
+            both[direction] = "none: inference only"
             continue
         kernel, why = backends.chosen_kernel(name, device)
         both[direction] = f"{kernel} ({why})" if why else kernel
@@ -70,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     print("kernels:")
     for op, devices in found["kernels"].items():
         for device, both in devices.items():
-            print(f"  {op:17} {device:5} " + "; ".join(f"{k}: {v}" for k, v in both.items()))
+            print(f"  {op:17} {device:5} forward: {both['forward']}; backward: {both['backward']}")
     print(verdict())
     return 0
 

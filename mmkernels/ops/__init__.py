@@ -4,8 +4,8 @@
 from mmkernels.ops.compact_kv import CompactedKV, compact_kv
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings, poll_errors
-from mmkernels.ops.mrope_positions import mrope_positions
 from mmkernels.ops.mrope import RopeTable, mrope, rope_table
+from mmkernels.ops.mrope_positions import mrope_positions
 from mmkernels.ops.norm import Norm
 from mmkernels.ops.pack_embeddings import PackPlan, pack_bins, pack_embeddings, plan_pack
 from mmkernels.ops.paged_attention import paged_attention
@@ -20,12 +20,11 @@ OPS = (
     "patch_merge",
     "pack_embeddings",
     "mrope_positions",
+    "mrope",
+    "rope_write_kv",
     "paged_attention",
     "compact_kv",
 )
-    "patch_embed", "cross_attention", "merge_embeddings", "patch_merge",
-    "mrope", "rope_write_kv",
-)  # fmt: skip
 
 __all__ = [
     "OPS",

@@ -280,10 +280,15 @@ def _paged(
     paged_attention.paged_attention(
         _meta(T or B, H * G, d, dtype=dtype), cache, cache, index(B, 256), index(B),
         index(B + 1) if T else None, scale, scale, *groups, True, d**-0.5,
+    )  # fmt: skip
+
+
 def _compact(dtype: torch.dtype, page: int) -> None:
     index = lambda *shape: _meta(*shape, dtype=torch.int64)
     cache, keep = _meta(28, 1024, page, 4, 128, dtype=dtype), _meta(2, 8192, dtype=torch.bool)
     compact_kv.compact_kv(cache, cache, index(2, 512), index(2, 512), index(2), keep)
+
+
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -77,8 +77,14 @@ def _triton_on_cpu() -> None:
 
         return launch
 
-    for op in ("patch_embed", "cross_attention", "patch_merge", "mrope_positions"):
-    for op in ("patch_embed", "cross_attention", "patch_merge", "paged_attention", "compact_kv"):
+    for op in (
+        "patch_embed",
+        "cross_attention",
+        "patch_merge",
+        "mrope_positions",
+        "paged_attention",
+        "compact_kv",
+    ):
         for name in (op, f"{op}_backward"):
             if hasattr(torch.ops.mmkernels, name):
                 backends.LIB.impl(name, launcher(op, name), "CPU")

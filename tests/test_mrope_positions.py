@@ -300,6 +300,17 @@ def test_glm_image_s_rows_are_those_of_the_sample(how: str) -> None:
             mrope_positions(ids, images_per_sample=torch.tensor([0, 2]), **given)
 
 
+@pytest.mark.parametrize("how", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_a_unit_cut_off_is_refused(name: str, how: str) -> None:
+    """Its end token would lie behind the sample."""
+    row = FAMILIES[name]
+    ids = torch.tensor([[5, 6, row.start_id, row.image_token_id, row.image_token_id]])
+    grid = torch.tensor([[1, 2, 4]])
+    with backends.backend(how), pytest.raises(ValueError, match="an end token after every image"):
+        mrope_positions(ids, image_grid_thw=grid, family=name)
+
+
 INVALID = [
     ("glm_image", {"images_per_sample": torch.tensor([1, 1])}, "images_per_sample must be 1 numbers, 1 rows .* in all, got 2 numbers, 2 in all"),
     ("glm_image", {"images_per_sample": torch.tensor([-1])}, "images_per_sample must be numbers of at most 1, got -1"),

@@ -288,6 +288,29 @@ def test_rows_of_other_scans_are_refused_by_the_kernel() -> None:
         )
 
 
+@pytest.mark.parametrize("how", ["auto", "reference"])
+def test_glm_image_s_rows_are_those_of_the_sample(how: str) -> None:
+    """A sample's images are not its neighbour's, however many rows there are."""
+    row = FAMILIES["glm_image"]
+    ids = torch.tensor([[5, row.start_id, 7, 7, row.end_id], [5, 5, 5, 5, row.start_id]])
+    given = {"image_grid_thw": torch.tensor([[1, 1, 2], [1, 1, 2]]), "family": "glm_image"}
+    with backends.backend(how):
+        mrope_positions(ids, images_per_sample=torch.tensor([1, 1]), **given)
+        with pytest.raises(ValueError, match=r"a row for every image \(sample 0 has one more\)"):
+            mrope_positions(ids, images_per_sample=torch.tensor([0, 2]), **given)
+
+
+@pytest.mark.parametrize("how", ["auto", "reference"])
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_a_unit_cut_off_is_refused(name: str, how: str) -> None:
+    """Its end token would lie behind the sample."""
+    row = FAMILIES[name]
+    ids = torch.tensor([[5, 6, row.start_id, row.image_token_id, row.image_token_id]])
+    grid = torch.tensor([[1, 2, 4]])
+    with backends.backend(how), pytest.raises(ValueError, match="an end token after every image"):
+        mrope_positions(ids, image_grid_thw=grid, family=name)
+
+
 INVALID = [
     ("glm_image", {"images_per_sample": torch.tensor([1, 1])}, "images_per_sample must be 1 numbers, 1 rows .* in all, got 2 numbers, 2 in all"),
     ("glm_image", {"images_per_sample": torch.tensor([-1])}, "images_per_sample must be numbers of at most 1, got -1"),

@@ -157,21 +157,22 @@ class Table {
     pairs_ = {r / 2, pairing == "adjacent"};
     const Tensor freq = torch::stable::contiguous(inv_freq);
     const OptionalTensor rows = contiguous(axis);
-    for (int64_t c = 0; rows && c < r; ++c) {
-      const int64_t a = data<int64_t>(*rows)[c];
-      if (a < 0 || a >= A_)
-        fail(op, ": axis[", c, "] is ", a, ", expected a row of position_ids in [0, ", A_, ")");
-    }
-    for (int64_t i = 0; i < pairs_.count; ++i) {
-      add(0, pairs_.first(i), data<float>(freq), data<int64_t>(rows));
-      add(1, pairs_.second(i), data<float>(freq), data<int64_t>(rows));
+    const float* f = data<float>(freq);
+    const int64_t* row = data<int64_t>(rows);
+    for (int64_t c = 0; row && c < r; ++c)
+      if (row[c] < 0 || row[c] >= A_)
+        fail(op, ": axis[", c, "] is ", row[c], ", expected a row of position_ids in [0, ", A_, ")");
+    for (int side = 0; side < 2; ++side) {
+      freq_[side].resize(pairs_.count), axis_[side].resize(pairs_.count);
+      for (int64_t i = 0; i < pairs_.count; ++i) {
+        const int64_t c = side ? pairs_.second(i) : pairs_.first(i);
+        freq_[side][i] = f[c], axis_[side][i] = row ? static_cast<int32_t>(row[c]) : 0;
+      }
     }
     twins_ = freq_[0] == freq_[1] && axis_[0] == axis_[1];
   }
 
-  int64_t channels() const { return 2 * pairs_.count; }
-
-  // cos and sin of a token, in 5·r/2 numbers of scratch.
+  // cos and sin of a token, in the memory of scratch.
   template <class F> Rotation<F> of(int64_t b, int64_t l, std::vector<F>& scratch, std::vector<float>& angles) const {
     const int64_t n = pairs_.count;
     scratch.resize(4 * n), angles.resize(n + A_);
@@ -187,11 +188,6 @@ class Table {
   }
 
  private:
-  void add(int side, int64_t channel, const float* freq, const int64_t* axis) {
-    freq_[side].push_back(freq[channel]);
-    axis_[side].push_back(axis ? static_cast<int32_t>(axis[channel]) : 0);
-  }
-
   template <class F> void fill(int side, int64_t b, int64_t l, F* cos, F* sin, float* angle) const {
     const int64_t n = pairs_.count;
     float* at = angle + n;  // the token's position on each axis

@@ -21,7 +21,9 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(dtype: torch.dtype) -
     for b in range(3):
         alone = {k: inputs[k][b : b + 1] for k in ("query", "seq_lens", "block_table")}
         pages = -(-int(inputs["seq_lens"][b]) // 64)
-        alone["block_table"] = alone["block_table"][:, :pages]  # fewer parts, the others being empty
+        alone["block_table"] = alone["block_table"][
+            :, :pages
+        ]  # fewer parts, the others being empty
         assert torch.equal(CASES.run({**inputs, **alone})[0], together[b])
 
 

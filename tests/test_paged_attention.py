@@ -35,7 +35,7 @@ def drawn(r: random.Random) -> dict[str, Any]:
     B, page = r.randint(1, 5), r.choice((1, 2, 3, 7, 16, 64, 256))
     lens = tuple(r.choice((0, 1, page, 63, 64, 65, r.randint(1, 300))) for _ in range(B))
     letters = {
-        "B": B, "H": r.choice((1, 2, 3)), "G": r.randint(1, 16), "d": r.choice((32, 40, 64, 72, 80, 96, 128, 256)),
+        "B": B, "H": r.choice((1, 2, 3)), "G": r.randint(1, 16), "d": r.choice((5, 32, 33, 64, 72, 80, 100, 128, 256)),
         "page": page, "lens": lens, "int8": r.random() < 0.2, "causal": r.random() < 0.8,
     }  # fmt: skip
     if r.random() < 0.5:

@@ -244,6 +244,7 @@ def test_random_operations(size: int, pages: int) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(4))
 def test_many_random_operations(seed: int) -> None:
     Model(100 + seed, *((40, 1), (24, 3), (20, 4), (9, 16))[seed]).run(100_000)

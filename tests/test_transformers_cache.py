@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from mmkernels.cache import OutOfPages
 from mmkernels.cache.hf import PagedCache
+from mmkernels.testing import which_kernel_ran
 
 VOCAB = 99
 
@@ -93,6 +94,24 @@ def test_the_tokens_of_a_dynamic_cache(name: str, page_size: int) -> None:
     cache.reset()
     assert pool.num_free == 128
     assert torch.equal(generated(model, inputs, cache).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2_vl"])
+def test_attention_reads_the_pages(name: str, padded: bool) -> None:
+    model = llama() if name == "llama" else qwen2_vl()
+    inputs = text(3 if padded else 1) if name == "llama" else with_image()
+    if padded and name == "qwen2_vl":
+        inputs["attention_mask"][0, 0] = 0
+    expected = generated(model, inputs, DynamicCache())
+    model.set_attn_implementation("mmkernels_paged")
+    cache = PagedCache.from_config(model.config, 128, 4)
+    with which_kernel_ran() as ran:
+        got = generated(model, inputs, cache)
+    assert ("paged_attention" in ran) != padded  # a mask goes to SDPA
+    assert torch.equal(got.sequences, expected.sequences)
+    for a, b in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_beams_share_pages() -> None:

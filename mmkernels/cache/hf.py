@@ -1,25 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages behind transformers' Cache: ``model.generate(..., past_key_values=PagedCache.from_config(model.config, 256))``.
 
-Not imported by ``mmkernels.cache``: it needs transformers. Every attention implementation works, as the layers hand out
-keys and values gathered from the pages; memory is that of the pages in use, beams share theirs, and after ``reset`` the
-pages serve the next call.
+Not imported by ``mmkernels.cache``: it needs transformers. Memory is that of the pages in use, beams share theirs, and
+after ``reset`` the pages serve the next call. Every attention implementation works: the layers hand out keys and values
+gathered from the pages. With ``model.set_attn_implementation("mmkernels_paged")`` before the cache is made, nothing is
+gathered where no mask is needed (no padding; a prompt or one token): ``paged_attention`` reads the pages.
 """
 
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from mmkernels.cache.pool import PagePool
 from mmkernels.cache.sequences import PagedKVCache
+from mmkernels.ops import paged_attention
+
+NAME = "mmkernels_paged"
 
 
 class PagedCache(Cache):
-    """A batch of sequences in pages of ``pool``; one table for all layers."""
+    """A batch of sequences in pages of ``pool``; one table for all layers.
 
-    def __init__(self, pool: PagePool) -> None:
-        self.pages = PagedKVCache(pool)
+    ``gather=False``: the layers hand out only the new keys and values, for a model whose attention is ours.
+    """
+
+    def __init__(self, pool: PagePool, gather: bool = True) -> None:
+        self.pages, self.gather = PagedKVCache(pool), gather
         self.sequences: list[int] = []
         self._table: torch.Tensor | None = None  # of all sequences, until one of them changes
         self._layers = [PagedLayer(self, i) for i in range(pool.num_layers)]
@@ -41,8 +51,10 @@ class PagedCache(Cache):
             raise ValueError(f"PagedCache: every layer must be full_attention, got {sorted(kinds)}")
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        layers = text.num_hidden_layers
-        return cls(PagePool(num_pages, page_size, layers, heads, head_dim, dtype, device))
+        pool = PagePool(
+            num_pages, page_size, text.num_hidden_layers, heads, head_dim, dtype, device
+        )
+        return cls(pool, gather=text._attn_implementation != NAME)
 
     def extend(self, batch: int, length: int) -> None:
         """Makes every sequence at least ``length`` tokens long: the first layer of a step does it for all."""
@@ -124,12 +136,34 @@ class PagedLayer(CacheLayerMixin):
         pool, table = self.cache.pages.pool, self.cache.table()
         at = torch.arange(before, self.length, device=table.device)
         slots = (table[:, at // pool.page_size] * pool.page_size + at % pool.page_size).flatten()
-        found = []
         for cache, states in ((pool.key_cache, key_states), (pool.value_cache, value_states)):
-            layer = cache[self.index]
-            layer.view(-1, H, d)[slots] = states.transpose(1, 2).reshape(B * new, H, d)
-            found.append(layer[table].flatten(1, 2)[:, : self.length].transpose(1, 2))
-        return found[0], found[1]
+            rows = states.transpose(1, 2).reshape(B * new, H, d)
+            cache[self.index].view(-1, H, d)[slots] = rows
+        if self.cache.gather:
+            return self.gathered()
+        key_states._mmkernels_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def gathered(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all tokens, ``[B, H, n, d]``."""
+        pool, table = self.cache.pages.pool, self.cache.table()
+        key, value = (
+            cache[self.index][table].flatten(1, 2)[:, : self.length].transpose(1, 2)
+            for cache in (pool.key_cache, pool.value_cache)
+        )
+        return key, value
+
+    def attend(self, query: torch.Tensor, scale: float | None, causal: bool) -> torch.Tensor:
+        """``[B, m, Hq, d]`` of the last m tokens."""
+        B, Hq, m, d = query.shape
+        pool, table = self.cache.pages.pool, self.cache.table()
+        out = paged_attention(
+            query.transpose(1, 2).reshape(B * m, Hq, d), pool.key_cache[self.index],
+            pool.value_cache[self.index], table, table.new_full((B,), self.length),
+            cu_seqlens_q=torch.arange(B + 1, device=table.device) * m if m > 1 else None,
+            causal=causal, scale=scale,
+        )  # fmt: skip
+        return out.view(B, m, Hq, d)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -139,3 +173,31 @@ class PagedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: pages where there are some and no mask, else SDPA."""
+    layer: PagedLayer | None = getattr(key, "_mmkernels_layer", None)
+    if layer is not None and attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        return layer.attend(query, scaling, causal), None
+    if layer is not None:
+        key, value = layer.gathered()
+    options = {"scaling": scaling, "is_causal": is_causal, **kwargs}
+    found: tuple[torch.Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, **options
+    )
+    return found
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

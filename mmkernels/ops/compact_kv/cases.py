@@ -33,7 +33,7 @@ CASES = [
     _case("nearly_all", share=0.95, lens=(100, 64), d=5, H=3),
     _case("empty_batch", "empty", B=0),
     _case("empty_sequences", "empty", lens=(0,)),
-    _case("qwen2_7b_quarter", "bench", B=1, H=4, d=128, layers=28, page=16, lens=(2048,), share=0.25),
+    _case("qwen2_7b_quarter", "bench", B=1, H=4, d=128, layers=7, page=16, lens=(2048,), share=0.25),
 ]  # fmt: skip
 
 

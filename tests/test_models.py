@@ -210,3 +210,34 @@ def test_config_round_trip_and_errors() -> None:
     ):
         with pytest.raises(ValueError, match=problem):
             MMConfig.from_json(TINY.to_json().replace(old, new, 1))
+
+
+def test_a_packed_batch_is_the_padded_one() -> None:
+    """Logits and gradients of questions of different lengths, with their images."""
+    model = MMLLM(TINY).double()
+    Q = TINY.projector.num_query_tokens
+    rows = [tokenizer.encode_prompt(p, Q) for p in ("sum?", "what is the first digit?", "list")]
+    side = TINY.vision.image_size
+    pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    grads, outputs = [], []
+    for packed in (False, True):
+        model.zero_grad()
+        features = model.project(model.encode(pixels))
+        if packed:
+            plan = mmkernels.plan_pack(
+                [torch.tensor(r) for r in rows], feature_token_ids=[tokenizer.IMAGE],
+                feature_counts=[[Q] * 3], expand=False,
+            )  # fmt: skip
+            logits = model.forward_packed(plan, features).split([len(r) for r in rows])
+        else:
+            padded = model(tokenizer.pad(rows), features)
+            logits = tuple(x[: len(r)] for x, r in zip(padded, rows, strict=True))
+        sum(x.square().sum() for x in logits).backward()  # type: ignore[union-attr]
+        outputs.append(logits)
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    for ours, theirs in zip(outputs[1], outputs[0], strict=True):
+        assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+    for name, theirs in grads[0].items():
+        if theirs is not None:
+            size = theirs.abs().max().clamp(min=1e-3)  # smaller ones are sums that cancel
+            assert (grads[1][name] - theirs).abs().max() <= 1e-9 * size, name

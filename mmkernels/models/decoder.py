@@ -53,7 +53,10 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor | None = None,
         cache: list[LayerCache] | None = None,
     ) -> torch.Tensor:
-        """``[B, L, E]`` → logits ``[B, L, V]``; positions are ``0…L-1`` unless given as ``[B, L]``."""
+        """``[B, L, E]`` → logits ``[B, L, V]``; positions are ``0…L-1`` unless given as ``[B, L]``.
+
+        Without a cache a row may hold several samples behind one another: each starts where positions start again.
+        """
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1])[None]
         logits: torch.Tensor = self.lm_head(self.model(inputs_embeds, position_ids, cache))
@@ -165,7 +168,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention: a token attends to slots up to its own position."""
+    """Causal grouped-query attention: a token attends to its sample's slots up to its own position."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -192,7 +195,7 @@ class Attention(nn.Module):
             key, value = cache.write(key, value, position_ids)
         key, value = (x.repeat_interleave(self.A // self.G, 1) for x in (key, value))
         # Written out: SDPA's CPU backward takes longer than the GEMMs at these lengths.
-        hidden = torch.arange(key.shape[2]) > position_ids[:, None, :, None]
+        hidden = _hidden(position_ids, key.shape[2], packed=cache is None)[:, None]
         scores = query * query.shape[-1] ** -0.5 @ key.mT
         weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
         output: torch.Tensor = self.o_proj((weights @ value).transpose(1, 2).flatten(2))
@@ -213,6 +216,16 @@ class SwiGLU(nn.Module):
             F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         )
         return output
+
+
+def _hidden(position_ids: torch.Tensor, slots: int, packed: bool) -> torch.Tensor:
+    """``[B, L, slots]``: what no token may see. In a cache a token's slot is its position, else its place in the row,
+    whose sample began as many places before."""
+    slot = torch.arange(slots)
+    if not packed:
+        return slot > position_ids[..., None]
+    place = torch.arange(position_ids.shape[1])
+    return (slot > place[:, None]) | (slot < (place - position_ids)[..., None])
 
 
 def _heads(states: torch.Tensor, heads: int) -> torch.Tensor:

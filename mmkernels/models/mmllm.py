@@ -72,6 +72,16 @@ class MMLLM(nn.Module):
         logits: torch.Tensor = self.language_model(self.embed(input_ids, image_features))
         return logits
 
+    def forward_packed(
+        self, plan: mmkernels.PackPlan, image_features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits ``[T, V]`` of a plan's samples behind one another, without padding."""
+        features = [] if image_features is None else [image_features]
+        weight = self.language_model.model.embed_tokens.weight
+        embeds = mmkernels.pack_embeddings(plan, weight, features)
+        logits: torch.Tensor = self.language_model(embeds[None], plan.position_ids[None])[0]
+        return logits
+
     @torch.no_grad()
     def answer(
         self, prompts: Sequence[str], image_features: torch.Tensor, max_new_tokens: int = 48

@@ -30,11 +30,11 @@ SHAPES = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def measure(rounds: int, dtypes: Sequence[str]) -> list[dict[str, Any]]:
     """A point a shape, dtype, direction and number of queries."""
     found = []
     for name, (B, n, X, A, d, numbers) in SHAPES.items():
-        for dtype in DTYPES:
+        for dtype in dtypes:
             for Q in numbers:
                 for direction in ("fwd", "fwdbwd"):
                     point: dict[str, Any] = {
@@ -91,8 +91,12 @@ def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [(d, t) for d in ("fwd", "fwdbwd") for t in DTYPES]
-    figure, axes = pyplot.subplots(len(rows), len(SHAPES), figsize=(15, 12), squeeze=False)
+    rows = [
+        (d, t) for d in ("fwd", "fwdbwd") for t in DTYPES if any(p["dtype"] == t for p in points)
+    ]
+    figure, axes = pyplot.subplots(
+        len(rows), len(SHAPES), figsize=(15, 3 * len(rows)), squeeze=False
+    )
     for i, (direction, dtype) in enumerate(rows):
         for j, shape in enumerate(SHAPES):
             here = [
@@ -122,10 +126,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.queries", description=__doc__)
     parser.add_argument("json", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="one alone: bf16 takes torch minutes without AVX-512"
+    )
     parser.add_argument("--draw", action="store_true", help="from the JSON, without measuring")
     args = parser.parse_args(argv)
     if not args.draw:
-        points = measure(args.rounds)
+        points = measure(args.rounds, [args.dtype] if args.dtype else list(DTYPES))
         run = asdict(new_run({"rounds": args.rounds}, [])) | {"rows": points}
         args.json.write_text(json.dumps(run, indent=1) + "\n")
     points = json.loads(args.json.read_text())["rows"]

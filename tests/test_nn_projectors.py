@@ -163,7 +163,7 @@ def test_dropout_of_the_absorbed_is_that_of_the_probabilities() -> None:
     def op(
         q: torch.Tensor, x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: torch.Tensor
     ) -> torch.Tensor:
-        arguments = (q, x, None, k, v, None, b, None, keep, 2, 0.5, 0.4)
+        arguments = (q, x, None, k, v, None, b, None, keep, None, 0, 2, 0.5, 0.4)
         return torch.ops.mmkernels.cross_attention(*arguments)[0]
 
     def plain(

@@ -65,15 +65,21 @@ MMK_HD void merge_row(char* to, const Sources& sources, int64_t source, bool sca
   }
 }
 
+// What the gradients of one id are summed in. Equal ones, as of a mean, all round to the same side: in fp32 their error
+// would grow with their number, not its root. fp32 holds a sum of 16-bit values well enough.
+template <class T> struct RowSum { using type = acc_t<T>; };
+template <> struct RowSum<float> { using type = double; };
+template <class T> using row_sum_t = typename RowSum<T>::type;
+
 // One row of the embedding gradient: the gradients of the tokens order[begin, end), which all looked up
 // this row, summed in token order and rounded once. Each lane owns its columns.
 template <class T>
 MMK_HD void sum_rows(T* to, const T* grad, const int64_t* order, int64_t begin, int64_t end, int64_t D,
                      double scale, int64_t lane, int64_t lanes) {
   for (int64_t i = lane; i < D; i += lanes) {
-    acc_t<T> sum = 0;
+    row_sum_t<T> sum = 0;
     for (int64_t k = begin; k < end; ++k) sum += widen(grad[order[k] * D + i]);
-    to[i] = Convert<T>::from(sum * static_cast<acc_t<T>>(scale));
+    to[i] = Convert<T>::from(static_cast<acc_t<T>>(sum * static_cast<row_sum_t<T>>(scale)));
   }
 }
 

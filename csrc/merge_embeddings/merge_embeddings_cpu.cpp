@@ -248,10 +248,10 @@ Groups group_by_row(const int64_t* source, int64_t T, std::optional<int64_t> ski
 }
 
 template <class T>
-MMK_INLINE void add_row_body(acc_t<T>* sum, const T* row, int64_t D) {
+MMK_INLINE void add_row_body(row_sum_t<T>* sum, const T* row, int64_t D) {
   for (int64_t i = 0; i < D; ++i) sum[i] += widen(row[i]);
 }
-MMK_MULTIARCH void add_row(float* sum, const float* row, int64_t D) { add_row_body(sum, row, D); }
+MMK_MULTIARCH void add_row(double* sum, const float* row, int64_t D) { add_row_body(sum, row, D); }
 MMK_MULTIARCH void add_row(float* sum, const bf16* row, int64_t D) { add_row_body(sum, row, D); }
 void add_row(float* sum, const f16* row, int64_t D) { add_row_body(sum, row, D); }
 void add_row(double* sum, const double* row, int64_t D) { add_row_body(sum, row, D); }
@@ -260,14 +260,14 @@ template <class T>
 void sum_by_row(const Groups& groups, const T* grad, T* table, int64_t D, double scale) {
   const int64_t n = static_cast<int64_t>(groups.ids.size());
   torch::stable::parallel_for(0, n, 8, [&](int64_t begin, int64_t end) {
-    std::vector<acc_t<T>> sum(D);
+    std::vector<row_sum_t<T>> sum(D);
     for (int64_t i = begin; i < end; ++i) {
-      std::fill(sum.begin(), sum.end(), acc_t<T>(0));
+      std::fill(sum.begin(), sum.end(), row_sum_t<T>(0));
       for (int64_t k = groups.starts[i]; k < groups.starts[i + 1]; ++k)
         add_row(sum.data(), grad + groups.order[k] * D, D);
       T* to = table + groups.ids[i] * D;
       for (int64_t c = 0; c < D; ++c)
-        to[c] = Convert<T>::from(sum[c] * static_cast<acc_t<T>>(scale));
+        to[c] = Convert<T>::from(static_cast<acc_t<T>>(sum[c] * static_cast<row_sum_t<T>>(scale)));
     }
   });
 }

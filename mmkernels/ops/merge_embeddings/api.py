@@ -57,7 +57,7 @@ def merge_embeddings(
     Raises:
         ValueError, TypeError: Names argument, got, expected; for counts also sample and modality.
 
-    Numerics: rows are copied bit by bit; the embedding gradient is summed in fp32 in token order.
+    Numerics: rows are copied bit by bit; the embedding gradient is summed in token order, in fp32 (fp64 of fp32 ones).
 
     Source: ``LlavaModel.forward``, ``Qwen2VLModel.forward`` of transformers (``masked_scatter``).
     """

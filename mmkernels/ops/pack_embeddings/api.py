@@ -42,7 +42,8 @@ def pack_embeddings(
         ValueError, TypeError: Names argument, got, expected; on CPU before anything is written. On CUDA a source out of
             range becomes a row of zeros and an error at the next ``poll_errors()``; there is no host sync.
 
-    Numerics: rows are copied bit by bit; the embedding gradient is summed in fp32 in row order.
+    Numerics: rows are copied bit by bit; the embedding gradient is summed in row order, in fp32 (fp64 of
+        fp32 ones).
 
     Source: ``LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal`` (LLaVA), one pass instead of a loop.
     """

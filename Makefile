@@ -53,6 +53,7 @@ bench: install
 
 full: test lint compile-cuda compile-triton fuzz sanitize
 	$(PY) -m pytest -q -m full tests
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -m full tests/interpreted
 	$(PY) -m pytest -q benchmarks --benchmark-disable
 
 # Random calls, FUZZ_CASES of every kind (default 10000), from seed FUZZ_SEED on.

@@ -21,5 +21,5 @@ def padded(
 def packed(dense: torch.Tensor, cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
     """``[B, n, X]`` → ``[total, X]``, without the padding."""
     at = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    sample = torch.searchsorted(cu_seqlens, at, right=True) - 1
+    sample = torch.searchsorted(cu_seqlens.contiguous(), at, right=True) - 1
     return dense[sample, at - cu_seqlens[sample]]

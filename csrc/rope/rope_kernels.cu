@@ -55,7 +55,7 @@ __device__ F group_sum(F x, int lanes) {
 
 // `lanes`, a power of two of at most 32, share a head.
 template <class T, class C, int V>
-__global__ void __launch_bounds__(kThreads) rope_kernel(const __grid_constant__ Args a, int lanes) {
+__global__ void __launch_bounds__(kThreads, 6) rope_kernel(const __grid_constant__ Args a, int lanes) {
   using F = acc_t<T>;
   extern __shared__ double shared[];
   const int64_t t = blockIdx.x, b = t / a.L, l = t % a.L, n = a.pairs.count;

@@ -11,7 +11,7 @@ threads. Fitted to ``benchmarks/queries.py``.
 import torch
 
 # (of a multiply-add, of a weight, of a value of the context). CPU: an AMX Xeon, 2026-11-25, whose 16-bit GEMMs in torch
-# are about five times faster than fp32; the fp32 weights again on a Zen3, since few queries share them. GPU: not measured.
+# are about five times faster than fp32; fp32 weights again on a Zen3, since few queries share them. GPU: not measured.
 _CHARGES = {
     ("cpu", False, False): (1.2, 10, 5),
     ("cpu", False, True): (1.55, 10, 12),

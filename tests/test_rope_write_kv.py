@@ -370,7 +370,7 @@ def test_what_a_gpu_found_wrong_is_raised_when_asked(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", WRITE)
 def test_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
-    if case.cache in ("fp32", "bf16", "fp16") and cases.DTYPES[case.cache] != dtype:
+    if case.cache in ("fp32", "bf16", "fp16") and cases.CACHE_DTYPES[case.cache] != dtype:
         pytest.skip("on CUDA a float cache is of the key's dtype")
     inputs = cases.make_inputs(case, dtype)
     moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}

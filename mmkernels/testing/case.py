@@ -14,6 +14,7 @@ Every ``cases.py`` exports:
 - ``INVALID``: calls that must raise.
 - ``APART``, of an op with several outputs, which ``run``, ``eager`` and ``library`` join: the same by name ("ours",
   "eager", "library"), their outputs apart, for benchmarks.
+- ``DTYPES``, names of the dtypes to benchmark where they are not fp32 and bf16.
 - Of an op without a gradient: ``results(inputs, function) -> Tensors``, ``reference_results(inputs)`` in fp64, and
   ``compared(inputs, got) -> list[Comparison]``.
 """

@@ -29,7 +29,7 @@ from mmkernels.testing.case import Case, Inputs, Invalid
 from mmkernels.testing.yardstick import Comparison, Tensors, compare, in_fp64, ulp
 
 FAMILIES = ("random", "far", "spread")
-DTYPES = {
+CACHE_DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }  # fmt: skip
@@ -156,7 +156,7 @@ def make_inputs(
     if case.decode:
         pages *= 16
     shape = (pages, case.page, case.Hk, case.d)
-    cache_dtype = DTYPES.get(case.cache, dtype)
+    cache_dtype = CACHE_DTYPES.get(case.cache, dtype)
     caches = [torch.randn(shape, generator=g).to(cache_dtype).to(device) for _ in "kv"]
     inputs: Inputs = {
         "query": normal(case.T, case.Hq, case.d),

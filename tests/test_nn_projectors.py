@@ -235,3 +235,19 @@ def test_modules_run_under_autocast_and_compile() -> None:
             low = module(*inputs)
         assert low.dtype == torch.bfloat16 or type(module) is PerceiverResampler
         torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 9, 12], [0, 4, 5], [1, 4, 6], [0, 5, 4, 6], [0, 6, 6], []],
+    ids=["past", "short", "late", "falling", "longer", "none"],
+)
+def test_the_op_itself_refuses_offsets_that_would_leave_its_context(offsets: list[int]) -> None:
+    """``max_seqlen`` is 5, the context has 6 tokens: what the public call checks, the kernel checks again."""
+    B = max(len(offsets) - 1, 0)
+    call = (
+        torch.zeros(B, 2, 8), torch.zeros(6, 10), None, torch.zeros(8, 10), torch.zeros(8, 10), None, None, None, None,
+        torch.tensor(offsets, dtype=torch.int64), 5, 2, 0.5, 0.0,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="cross_attention: cu_seqlens must"):
+        torch.ops.mmkernels.cross_attention(*call)

@@ -10,6 +10,7 @@ import torch
 
 import mmkernels
 from mmkernels.ops.pack_embeddings.plan import PackPlan
+from mmkernels.testing import which_kernel_ran
 
 MARKS = (1001, 1002)  # placeholder ids of two modalities
 
@@ -159,8 +160,9 @@ def test_out_takes_the_merged_rows() -> None:
     weight, feature = torch.randn(5, 8), torch.randn(2, 8)
     call = {"feature_token_ids": MARKS[:1]}
     out = torch.empty(2, 3, 8)
-    found = mmkernels.merge_embeddings(ids, weight, [feature], **call, out=out)
-    assert found is out
+    with which_kernel_ran() as ran:
+        found = mmkernels.merge_embeddings(ids, weight, [feature], **call, out=out)
+    assert found is out and ran == {"merge_embeddings_out": "native"}
     assert torch.equal(out, mmkernels.merge_embeddings(ids, weight, [feature], **call))
     before = out.clone()
     with pytest.raises(ValueError, match=r"features\[0\] has 1 rows"):
@@ -205,3 +207,13 @@ def test_features_without_a_place_still_have_a_path() -> None:
     encoder.zero_grad(set_to_none=False)
     none.sum().backward()
     assert not encoder.weight.grad.any()
+
+
+def test_more_modalities_than_the_kernel_knows_are_named_by_their_op() -> None:
+    weight, features = torch.randn(5, 4), [torch.randn(0, 4)] * 9
+    with pytest.raises(ValueError, match=r"^pack_embeddings: features must be at most 8"):
+        mmkernels.pack_embeddings(torch.tensor([1, 2]), weight, features)
+    with pytest.raises(ValueError, match=r"^merge_embeddings: features must be at most 8"):
+        mmkernels.merge_embeddings(
+            torch.tensor([1]), weight, features, feature_token_ids=range(9, 18)
+        )

@@ -112,16 +112,16 @@ void find_sources(const Plan& plan, const std::vector<Tensor>& rows, int64_t* so
   ids.scalar_type() == ScalarType::Long ? find(data<int64_t>(ids)) : find(data<int32_t>(ids));
 }
 
-void check_shapes(const Tensor& text, const std::vector<Tensor>& features, size_t places) {
+void check_shapes(const char* op, const Tensor& text, const std::vector<Tensor>& features, size_t places) {
   const int64_t D = text.size(text.dim() - 1);
   if (features.size() > kMaxModalities)
-    fail(kOp, "features must be at most ", kMaxModalities, " modalities, got ", features.size());
+    fail(op, "features must be at most ", kMaxModalities, " modalities, got ", features.size());
   if (places != features.size())
-    fail(kOp, "features must have one token id or one tensor of rows each, got ", places, " for ",
+    fail(op, "features must have one token id or one tensor of rows each, got ", places, " for ",
          features.size());
   for (const Tensor& f : features)
     if (f.dim() != 2 || f.size(1) != D || f.scalar_type() != text.scalar_type())
-      fail(kOp, "features must be [n, D] with the D and the dtype of the embeddings");
+      fail(op, "features must be [n, D] with the D and the dtype of the embeddings");
 }
 
 // Where rows come from; keeps what it makes contiguous.
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> merge(
     const std::vector<Tensor>& feature_rows, const std::optional<std::vector<int64_t>>& counts,
     std::optional<double> embed_scale) {
   const Tensor& table = inputs_embeds ? *inputs_embeds : *embed_weight;
-  check_shapes(table, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
+  check_shapes(kOp, table, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
   const Rows rows(table, features);
   Tensor source = empty(rows.text, {input_ids.numel()}, ScalarType::Long);
   const Plan plan{input_ids, rows.lengths, token_ids, counts, inputs_embeds ? 0 : table.size(0)};
@@ -215,7 +215,7 @@ void check_sources(const Tensor& source, int64_t vocab, int64_t features) {
 
 Tensor pack(const Tensor& row_source, const Tensor& embed_weight, std::vector<Tensor> features,
             std::optional<double> embed_scale, std::optional<int64_t> /*padding_idx: backward only*/) {
-  check_shapes(embed_weight, features, features.size());
+  check_shapes("pack_embeddings: ", embed_weight, features, features.size());
   const Rows rows(embed_weight, features);
   const Tensor source = torch::stable::contiguous(row_source);
   check_sources(source, rows.text.size(0), rows.sources.first[features.size()]);

@@ -9,6 +9,7 @@ import torch
 import mmkernels
 from mmkernels.ops.mrope_positions.families import FAMILIES, family_of
 
+OURS = ("input_ids", "labels", "attention_mask", "position_ids")  # made anew
 BY_TOKEN = ("mm_token_type_ids", "token_type_ids")  # one value a token, as input_ids
 OF_POSITIONS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
@@ -19,7 +20,7 @@ class PackingCollator:
     ``input_ids`` ``[1, T]``, ``labels`` (-100 on placeholders, padding and each sample's first token; input_ids where a
     sample brings none), ``position_ids`` (``[1, T]``, from 0 in every sample; ``[4, 1, T]``, text, t, h, w, for M-RoPE
     models), ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32, ``max_length_q``, ``max_length_k``: those of
-    ``FlashAttentionKwargs``. Attention by SDPA or eager finds the samples by position_ids. Everything else a sample
+    ``FlashAttentionKwargs``. Attention by SDPA finds the samples by position_ids. Everything else a sample
     holds (pixel_values, image_grid_thw, …) is concatenated along its first dimension, in the order of the samples.
 
     Args:
@@ -52,16 +53,11 @@ class PackingCollator:
         )  # fmt: skip
         assert plan.labels is not None
         batch: dict[str, Any] = {"input_ids": plan.input_ids[None], "labels": plan.labels[None]}
-        for name in samples[0]:
+        for name in dict.fromkeys(n for s in samples for n in s if n not in OURS):
             if name in BY_TOKEN:
                 batch[name] = torch.cat(rows(name))[None]
-            elif name not in ("input_ids", "labels", "attention_mask", "position_ids"):
+            else:
                 batch[name] = _joined([s[name] for s in samples if s.get(name) is not None])
-        for sample in samples[1:]:  # media the first sample has not
-            for name in sample.keys() - samples[0].keys():
-                batch.setdefault(
-                    name, _joined([s[name] for s in samples if s.get(name) is not None])
-                )
         batch["position_ids"] = self._positions(plan, batch)
         if self.cu_seq_lens:
             batch |= {"cu_seq_lens_q": plan.cu_seqlens, "cu_seq_lens_k": plan.cu_seqlens}

@@ -16,12 +16,6 @@ from mmkernels.testing.case import Case, Inputs, map_tensors
 OP = "cross_attention"
 CASES = cases
 KINDS = ("batch", "packed")
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 SIMPLEST: dict[str, Any] = {
     "B": 1, "Q": 1, "n": 1, "X": 1, "A": 1, "G": 1, "d": 1, "L": 0, "shared": False, "bias": False, "mask": None,
     "norm": "", "position": "", "lengths": (), "dtype": "fp32", "family": "random", "threads": 1, "layouts": (),
@@ -43,7 +37,7 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
         "n": r.choice((0, 1, 2, 5, 15, 16, 17, 33, 80)), "X": r.choice((1, 2, 5, 16, 31, 64, 100)), "G": G,
         "A": G * r.choice((1, 2, 3, 5)), "d": r.choice((1, 2, 3, 8, 16, 24)), "L": r.choice((0, 0, 0, 1, 4)),
         "shared": r.random() < 0.4, "bias": r.random() < 0.5, "family": r.choice(cases.FAMILIES),
-        "dtype": r.choice(tuple(DTYPES)), "threads": r.choice((1, 2, 3, 5)),
+        "dtype": r.choice(tuple(layouts.DTYPES)), "threads": r.choice((1, 2, 3, 5)),
     }  # fmt: skip
     if (
         r.random() < 0.2 and x["X"] > 2
@@ -57,11 +51,7 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
         x["n"] = 3 * r.choice((1, 2, 11)) if x["position"] == "grid" else x["n"]
     if kind == "batch" and r.random() < 0.5:
         x["mask"] = r.choice(("rows", "padding", "additive"))
-    x["layouts"] = tuple(
-        (n, layout, r.randrange(1000))
-        for n in NAMES
-        if r.random() < 0.25 and (layout := r.choice(LAYOUTS))
-    )
+    x["layouts"] = layouts.drawn(r, NAMES, 0.25)
     if min(x["B"], x["Q"]) == 0 or (x["B"] > 3 and x["mask"] == "padding"):
         x["mask"] = None
     return x
@@ -70,7 +60,7 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
 def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     """The call, twice: there is nothing to spell out."""
     inputs = cases.make_inputs(
-        Case("fuzz", x), DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
+        Case("fuzz", x), layouts.DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
     )
     for name, layout, seed in x["layouts"]:
         if isinstance(inputs.get(name), torch.Tensor):

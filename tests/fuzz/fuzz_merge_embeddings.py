@@ -14,12 +14,6 @@ from mmkernels.testing.case import Case, Inputs, map_tensors
 OP = "merge_embeddings"
 CASES = cases
 KINDS = ("id", "row")
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 SIMPLEST: dict[str, Any] = {
     "B": 1, "L": 1, "V": 1, "D": 1, "M": 0, "by": "id", "embeds": False, "scale": None, "padding": None, "share": 0.0,
     "dtype": "fp32", "family": "random", "threads": 1, "layouts": (), "int32": False,
@@ -36,7 +30,7 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
         **SIMPLEST, "seed": r.randrange(2**31), "by": kind, "B": r.choice((0, 1, 1, 2, 5)), "V": V,
         "L": r.choice((0, 1, 2, 7, 33, 130)), "D": r.choice((1, 2, 3, 8, 17, 64, 129)),
         "M": r.choice((0, 1, 1, 2, 5, 8)),
-        "embeds": r.random() < 0.3, "share": r.choice((0.0, 0.1, 0.5, 1.0)), "dtype": r.choice(tuple(DTYPES)),
+        "embeds": r.random() < 0.3, "share": r.choice((0.0, 0.1, 0.5, 1.0)), "dtype": r.choice(tuple(layouts.DTYPES)),
         "family": r.choice(cases.FAMILIES), "threads": r.choice((1, 2, 3, 5)), "int32": r.random() < 0.3,
     }  # fmt: skip
     if not x["embeds"]:
@@ -44,19 +38,14 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
             "scale": r.choice((None, None, 0.125, 6.9)),
             "padding": r.choice((None, None, r.randrange(V))),
         }
-    names = ("embed_weight", "inputs_embeds", "features", "grad")
-    x["layouts"] = tuple(
-        (n, layout, r.randrange(1000))
-        for n in names
-        if r.random() < 0.3 and (layout := r.choice(LAYOUTS))
-    )
+    x["layouts"] = layouts.drawn(r, ("embed_weight", "inputs_embeds", "features", "grad"), 0.3)
     return x
 
 
 def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     """The call, twice: there is nothing to spell out."""
     inputs = cases.make_inputs(
-        Case("fuzz", x), DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
+        Case("fuzz", x), layouts.DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
     )
     if x["int32"]:
         inputs["input_ids"] = inputs["input_ids"].int()

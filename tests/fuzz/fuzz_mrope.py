@@ -14,12 +14,6 @@ from mmkernels.testing.case import Case, Inputs, map_tensors
 OP = "mrope"
 CASES = cases
 KINDS = ("batch", "packed")
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 SIMPLEST: dict[str, Any] = {
     "B": 1, "L": 1, "Hq": 1, "Hk": 0, "d": 1, "r": 0, "layout": "1d", "theta": 1e4, "pairing": "half", "scale": 1.0,
     "packed": False, "dtype": "fp32", "family": "random", "threads": 1, "layouts": (), "int32": False, "A": 0,
@@ -41,18 +35,14 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
         "dtype": r.choice(("fp32", "fp32", "bf16", "fp16", "fp64")), "family": r.choice(cases.FAMILIES),
         "threads": r.choice((1, 2, 3, 5)), "int32": r.random() < 0.3,
     }  # fmt: skip
-    x["layouts"] = tuple(
-        (n, layout, r.randrange(1000))
-        for n in ("query", "key", "grad")
-        if r.random() < 0.4 and (layout := r.choice(LAYOUTS))
-    )
+    x["layouts"] = layouts.drawn(r, ("query", "key", "grad"), 0.4)
     return x
 
 
 def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     """The call, twice: there is nothing to spell out."""
     inputs = cases.make_inputs(
-        Case("fuzz", x), DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
+        Case("fuzz", x), layouts.DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
     )
     if x["A"]:
         g = torch.Generator().manual_seed(x["seed"])

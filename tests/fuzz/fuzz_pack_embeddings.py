@@ -14,12 +14,6 @@ from mmkernels.testing.case import Case, Inputs, map_tensors
 OP = "pack_embeddings"
 CASES = cases
 KINDS = ("samples",)
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 SIMPLEST: dict[str, Any] = {
     "S": 1, "L": 1, "V": 1, "D": 1, "M": 0, "rows": 1, "media": 0, "scale": None, "padding": None, "unplaced": 0,
     "dtype": "fp32", "family": "random", "threads": 1, "layouts": (),
@@ -36,22 +30,18 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
         **SIMPLEST, "seed": r.randrange(2**31), "S": r.choice((0, 1, 2, 5, 9)), "L": r.choice((1, 2, 7, 40)), "V": V,
         "D": r.choice((1, 2, 3, 8, 17, 64, 129)), "M": r.choice((0, 1, 1, 2, 5, 8)), "rows": r.choice((1, 2, 9, 40)),
         "media": r.choice((0, 1, 2, 3)), "scale": r.choice((None, None, 0.125, 6.9)),
-        "padding": r.choice((None, None, r.randrange(V))), "dtype": r.choice(tuple(DTYPES)),
+        "padding": r.choice((None, None, r.randrange(V))), "dtype": r.choice(tuple(layouts.DTYPES)),
         "family": r.choice(cases.FAMILIES), "threads": r.choice((1, 2, 3, 5)),
     }  # fmt: skip
     x["unplaced"] = r.choice((0, 0, 1, 6)) if x["M"] == 1 else 0
-    x["layouts"] = tuple(
-        (n, layout, r.randrange(1000))
-        for n in ("embed_weight", "features", "grad")
-        if r.random() < 0.3 and (layout := r.choice(LAYOUTS))
-    )
+    x["layouts"] = layouts.drawn(r, ("embed_weight", "features", "grad"), 0.3)
     return x
 
 
 def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     """The call, twice: there is nothing to spell out."""
     inputs = cases.make_inputs(
-        Case("fuzz", x), DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
+        Case("fuzz", x), layouts.DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
     )
     inputs = {n: inputs[n] for n in cases.ARGUMENTS}
     for name, layout, seed in x["layouts"]:

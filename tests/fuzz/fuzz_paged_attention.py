@@ -14,12 +14,6 @@ from mmkernels.testing.case import Case, Inputs, map_tensors
 OP = "paged_attention"
 CASES = cases
 KINDS = ("decode", "packed", "prefix")
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 SIMPLEST: dict[str, Any] = {
     "B": 1, "H": 1, "G": 1, "d": 32, "page": 1, "lens": (1,), "chunk": (), "causal": True, "int8": False, "prefix": (),
     "all_in_groups": True, "dtype": "fp32", "family": "random", "threads": 1, "layouts": (), "int64": False,
@@ -37,7 +31,7 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
         **SIMPLEST, "seed": r.randrange(2**31), "B": B, "H": r.randint(1, 3), "G": r.choice((1, 2, 3, 4, 7, 8, 15, 16)),
         "d": r.choice((1, 3, 32, 40, 64, 72, 80, 96, 128, 256)), "page": page,
         "lens": tuple(length() for _ in range(max(B, 1))), "causal": r.random() < 0.8, "int8": r.random() < 0.2,
-        "dtype": r.choice(list(DTYPES)), "family": r.choice(cases.FAMILIES), "threads": r.choice((1, 2, 3, 5)),
+        "dtype": r.choice(list(layouts.DTYPES)), "family": r.choice(cases.FAMILIES), "threads": r.choice((1, 2, 3, 5)),
         "int64": r.random() < 0.5,
     }  # fmt: skip
     if kind == "packed" or (kind == "prefix" and r.random() < 0.5):
@@ -47,19 +41,14 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
     if kind == "prefix":
         x["prefix"] = tuple(length() for _ in range(r.choice((1, 1, 2, 3))))
         x["all_in_groups"] = r.random() < 0.5
-    names = ("query", "key_cache", "value_cache", "grad")
-    x["layouts"] = tuple(
-        (n, layout, r.randrange(1000))
-        for n in names
-        if r.random() < 0.3 and (layout := r.choice(LAYOUTS))
-    )
+    x["layouts"] = layouts.drawn(r, ("query", "key_cache", "value_cache", "grad"), 0.3, LAYOUTS)
     return x
 
 
 def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     """The call, twice: there is nothing to spell out."""
     inputs = cases.make_inputs(
-        Case("fuzz", x), DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
+        Case("fuzz", x), layouts.DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
     )
     for name, layout, seed in x["layouts"]:
         if name != "grad":

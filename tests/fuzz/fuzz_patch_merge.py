@@ -15,12 +15,6 @@ from mmkernels.testing.case import Case, Inputs, map_tensors
 OP = "patch_merge"
 CASES = cases
 KINDS = ("dense", "packed", "blocks")
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
 SIMPLEST: dict[str, Any] = {
     "B": 1, "H": 1, "W": 1, "C": 1, "m": (1, 1), "grids": (), "blocks": False, "order": "kkc", "transposed": False,
     "pad": False, "norm": "", "after": False, "affine": False, "dtype": "fp32", "family": "random", "threads": 1,
@@ -54,19 +48,14 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
     else:
         images = r.choice((1, 1, 2, 3, 5))
         x["grids"] = tuple((r.randint(1, 3), side(m[0]), side(m[1])) for _ in range(images))
-    names = ("features", "grad")
-    x["layouts"] = tuple(
-        (n, layout, r.randrange(1000))
-        for n in names
-        if r.random() < 0.4 and (layout := r.choice(LAYOUTS))
-    )
+    x["layouts"] = layouts.drawn(r, ("features", "grad"), 0.4, LAYOUTS)
     return x
 
 
 def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     """The call, twice: there is nothing to spell out."""
     case = Case("fuzz", x)
-    inputs = cases.make_inputs(case, DTYPES[x["dtype"]], seed=x["seed"], family=x["family"])
+    inputs = cases.make_inputs(case, layouts.DTYPES[x["dtype"]], seed=x["seed"], family=x["family"])
     for name, layout, seed in x["layouts"]:
         if name != "grad":
             inputs[name] = layouts.laid_out(inputs[name], layout, seed)

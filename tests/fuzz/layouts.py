@@ -2,10 +2,30 @@
 """The same values laid out otherwise in memory; what lies between them is poison."""
 
 import random
+from collections.abc import Sequence
 
 import torch
 
 LAYOUTS = ("permuted", "transposed", "channels_last", "step", "expanded", "offset", "window")
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+Drawn = tuple[tuple[str, str, int], ...]
+
+
+def drawn(
+    r: random.Random, names: Sequence[str], share: float, of: Sequence[str] = LAYOUTS
+) -> Drawn:
+    """Which of the named tensors are laid out otherwise, how, and from which seed."""
+    return tuple(
+        (n, layout, r.randrange(1000))
+        for n in names
+        if r.random() < share and (layout := r.choice(of))
+    )
 
 
 def poison_of(dtype: torch.dtype) -> float:

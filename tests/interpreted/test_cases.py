@@ -24,6 +24,7 @@ TOO_LONG = (
     "packed_bicubic_antialias",
     "two_chunks",
     "a_chunk_of_one",
+    "few_queries_in_chunks",
     "many_rows",
 )
 

@@ -18,17 +18,18 @@ from mmkernels.testing.yardstick import UNIT, Tensors, one_reduction, ulp
 Spelled = Callable[[Inputs], Inputs]
 
 
-def _heads(rows: torch.Tensor, A: int) -> torch.Tensor:
+def heads(rows: torch.Tensor, A: int) -> torch.Tensor:
+    """``[…, T, A·d]`` → ``[…, A, T, d]``."""
     return rows.unflatten(-1, (A, -1)).transpose(-2, -3)
 
 
-def _rows(heads: torch.Tensor) -> torch.Tensor:
-    return heads.transpose(1, 2).flatten(2)
+def _rows(of_heads: torch.Tensor) -> torch.Tensor:
+    return of_heads.transpose(1, 2).flatten(2)
 
 
 def _project(x: Inputs, name: str, of: str, bias: bool = True) -> torch.Tensor:
     weight, b_k = x[f"{name}_weight"], x.get(f"{name}_bias") if bias else None
-    return _heads(F.linear(x[of], weight, b_k), x["A"])
+    return heads(F.linear(x[of], weight, b_k), x["A"])
 
 
 class _Attention:
@@ -36,7 +37,7 @@ class _Attention:
 
     def __init__(self, x: Inputs) -> None:
         size = map_tensors(x, lambda t: t.abs() if t.is_floating_point() else t)
-        q, self.value = _heads(x["query"], x["A"]), _project(x, "value", "of_values")
+        q, self.value = heads(x["query"], x["A"]), _project(x, "value", "of_values")
         self.scale, self.value_size = q.shape[-1] ** -0.5, _project(size, "value", "of_values")
         key = _project(x, "key", "of_keys", bias=False)  # b_k adds the same to a whole row
         self.key_size, mask = _project(size, "key", "of_keys", bias=False), x["mask"]
@@ -103,8 +104,8 @@ def _mapped(x: Inputs, names: Tensors, of_spelled: Tensors) -> Tensors:
 
 def _parts(x: Inputs, a: _Attention, grad: torch.Tensor) -> list[Tensors]:
     """With positions of keys, the gradients of query and W_k are sums of two, each of which rounds."""
-    d_scores, A = a.d_scores(_heads(grad, x["A"])), x["A"]
-    q, weight = _heads(x["query"], A) * a.scale, x["key_weight"].unflatten(0, (A, -1))
+    d_scores, A = a.d_scores(heads(grad, x["A"])), x["A"]
+    q, weight = heads(x["query"], A) * a.scale, x["key_weight"].unflatten(0, (A, -1))
     found = []
     for source in (x["of_values"], x["of_keys"] - x["of_values"]):
         wide = d_scores @ source.unsqueeze(1)
@@ -118,7 +119,7 @@ def _spelled_bounds(x: Inputs, a: _Attention, grad: torch.Tensor, dtype: torch.d
     A = x["A"]
     g = 2 * UNIT[torch.float32] * (a.chain + a.sums) ** 0.5
     of_p = g * (1 + 2 * a.score_size)  # relative, of a probability
-    d_out = _heads(grad, A)
+    d_out = heads(grad, A)
     centred = a.centred(d_out)
     terms = d_out.abs() @ a.value_size.transpose(-1, -2)
     both = lambda t: t + (a.p * t).sum(-1, keepdim=True)  # its own, and through Σ p·dp

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from mmkernels import backends
 from mmkernels.ops.cross_attention.api import cross_attention
-from mmkernels.ops.cross_attention.bounds import gradient_bounds, output_bound
+from mmkernels.ops.cross_attention.bounds import gradient_bounds, heads, output_bound
 from mmkernels.ops.norm import Norm
 from mmkernels.testing.case import Case, Inputs, Invalid, map_tensors
 from mmkernels.testing.yardstick import (
@@ -47,6 +47,9 @@ CASES = [
     _case("many_samples", B=19, Q=3, n=15, X=64, A=4, d=16, shared=True),
     _case("two_chunks", B=7, Q=4, n=3, X=60_000, A=2, d=2),  # of samples, in the CPU backward
     _case("a_chunk_of_one", B=6, Q=4, n=3, X=60_000, A=2, d=2, shared=True),
+    _case(
+        "few_queries_in_chunks", B=7, Q=3, n=3, X=60_000, A=2, d=2
+    ),  # of the CPU forward, 5 and 2
     _case("grouped", "test gradcheck", Q=3, n=5, X=6, A=4, G=2, mask="rows"),
     _case("grouped_shared", Q=5, n=9, X=24, A=6, G=3, d=16, shared=True, mask="padding"),
     _case("latents", "test gradcheck", Q=3, n=5, X=6, L=4, mask="rows", bias=False),
@@ -214,16 +217,12 @@ def spelled(inputs: Inputs) -> Inputs:
     }  # fmt: skip
 
 
-def _heads(rows: torch.Tensor, A: int) -> torch.Tensor:
-    return rows.unflatten(-1, (A, -1)).transpose(-2, -3)
-
-
 def eager(inputs: Inputs) -> torch.Tensor:
     """As transformers runs it: two Linear layers, then attention by SDPA."""
     x = spelled(inputs)
     key = F.linear(x["of_keys"], x["key_weight"], x.get("key_bias"))
     value = F.linear(x["of_values"], x["value_weight"], x.get("value_bias"))
-    q, k, v = (_heads(t, x["A"]) for t in (x["query"], key, value))
+    q, k, v = (heads(t, x["A"]) for t in (x["query"], key, value))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=x["mask"])
     return out.transpose(1, 2).flatten(2)
 
@@ -235,9 +234,7 @@ def library(inputs: Inputs) -> torch.Tensor:
     bias = torch.cat([x["key_bias"], x["value_bias"]]) if "key_bias" in x else None
     both = F.linear(x["of_values"], weight, bias).unflatten(-1, (2, x["A"], -1))
     key, value = both.permute(2, 0, 3, 1, 4)
-    out = F.scaled_dot_product_attention(
-        _heads(x["query"], x["A"]), key, value, attn_mask=x["mask"]
-    )
+    out = F.scaled_dot_product_attention(heads(x["query"], x["A"]), key, value, attn_mask=x["mask"])
     return out.transpose(1, 2).flatten(2)
 
 

@@ -62,7 +62,7 @@ def merge_embeddings(
     Source: ``LlavaModel.forward``, ``Qwen2VLModel.forward`` of transformers (``masked_scatter``).
     """
     text = _check_text(input_ids, embed_weight, inputs_embeds)
-    flat = [_feature(f, m, text) for m, f in enumerate(features)]
+    flat = [checked_feature(_OP, f, m, text) for m, f in enumerate(features)]
     _check_places(flat, feature_token_ids, feature_rows)
     counts = _counts(feature_counts, len(flat), input_ids)
     if inputs_embeds is not None and embed_scale is not None:
@@ -80,10 +80,7 @@ def merge_embeddings(
             OUT(out, *arguments)
             merged = out
     except RuntimeError as error:
-        # The stable ABI can only throw RuntimeError; a wrong value is a ValueError, as elsewhere.
-        if str(error).startswith(_OP):
-            raise ValueError(str(error).splitlines()[0]) from None
-        raise
+        raise checks.as_value_error(_OP, error) from None
     if input_ids.is_cuda and check != "async" and not _must_not_sync():
         poll_errors(input_ids.device)
     return merged
@@ -162,13 +159,14 @@ def _check_text(
     return text
 
 
-def _feature(feature: torch.Tensor, m: int, text: torch.Tensor) -> torch.Tensor:
+def checked_feature(op: str, feature: torch.Tensor, m: int, text: torch.Tensor) -> torch.Tensor:
+    """Features of modality m as rows ``[n, D]`` in the dtype of the embeddings."""
     name = f"features[{m}]"
-    checks.floating(_OP, name, feature)
+    checks.floating(op, name, feature)
     if feature.device != text.device:
-        checks.fail(_OP, name, feature.device, f"on the device of the embeddings, {text.device}")
+        checks.fail(op, name, feature.device, f"on the device of the embeddings, {text.device}")
     if feature.dim() < 2 or feature.shape[-1] != text.shape[-1]:
-        checks.fail(_OP, name, list(feature.shape), f"[n, D] with D = {text.shape[-1]}")
+        checks.fail(op, name, list(feature.shape), f"[n, D] with D = {text.shape[-1]}")
     return feature.reshape(-1, feature.shape[-1]).to(text.dtype)
 
 

@@ -59,8 +59,7 @@ def gather_rows(
 
 def merge_embeddings_out(out: torch.Tensor, *arguments: Any) -> torch.Tensor:
     """Into ``out`` [..., D]; arguments as above but padding_idx; returns row_source [T]."""
-    padding_idx = None
-    merged, source = merge_embeddings(*(*arguments, padding_idx))
+    merged, source = merge_embeddings(*(*arguments, None))
     out.copy_(merged)
     return source
 

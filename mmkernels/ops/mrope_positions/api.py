@@ -89,10 +89,8 @@ def mrope_positions(
             input_ids, _integers(mm_token_type_ids) if by_type else None, _integers(attention_mask),
             _on(input_ids, cu_seqlens), *(_on(input_ids, t) for t in media), list(row),
         )  # fmt: skip
-    except RuntimeError as error:  # the stable ABI can only throw RuntimeError
-        if str(error).startswith(OP):
-            raise ValueError(str(error).splitlines()[0]) from None
-        raise
+    except RuntimeError as error:
+        raise checks.as_value_error(OP, error) from None
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from mmkernels import checks
+from mmkernels.ops.merge_embeddings.api import checked_feature
 from mmkernels.ops.pack_embeddings.op import FORWARD
 from mmkernels.ops.pack_embeddings.plan import PackPlan
 
@@ -55,22 +56,9 @@ def pack_embeddings(
         checks.fail(_OP, "embed_weight", list(embed_weight.shape), "[V, D]")
     if source.device != embed_weight.device:
         checks.fail(_OP, "row_source", source.device, f"on {embed_weight.device}")
-    flat = [_feature(f, m, embed_weight) for m, f in enumerate(features)]
+    flat = [checked_feature(_OP, f, m, embed_weight) for m, f in enumerate(features)]
     try:
         packed: torch.Tensor = FORWARD(source, embed_weight, flat, embed_scale, padding_idx)
     except RuntimeError as error:
-        # The stable ABI can only throw RuntimeError; a wrong value is a ValueError, as elsewhere.
-        if str(error).startswith((_OP, "merge_embeddings")):
-            raise ValueError(str(error).splitlines()[0]) from None
-        raise
+        raise checks.as_value_error(_OP, error) from None
     return packed
-
-
-def _feature(feature: torch.Tensor, m: int, text: torch.Tensor) -> torch.Tensor:
-    name = f"features[{m}]"
-    checks.floating(_OP, name, feature)
-    if feature.device != text.device:
-        checks.fail(_OP, name, feature.device, f"on the device of the embeddings, {text.device}")
-    if feature.dim() < 2 or feature.shape[-1] != text.shape[-1]:
-        checks.fail(_OP, name, list(feature.shape), f"[n, D] with D = {text.shape[-1]}")
-    return feature.reshape(-1, feature.shape[-1]).to(text.dtype)

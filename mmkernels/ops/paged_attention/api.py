@@ -83,10 +83,7 @@ def paged_attention(
             causal, scale,
         )  # fmt: skip
     except RuntimeError as error:
-        # The stable ABI can only throw RuntimeError; a wrong value is a ValueError, as elsewhere.
-        if str(error).startswith(OP):
-            raise ValueError(str(error).splitlines()[0]) from None
-        raise
+        raise checks.as_value_error(OP, error) from None
     return out
 
 

@@ -75,9 +75,7 @@ def reworded(op: Callable[..., Any], *args: Any) -> Any:
     try:
         return op(*args)
     except RuntimeError as error:
-        if str(error).startswith(f"{OP}: "):
-            raise ValueError(str(error).splitlines()[0]) from None
-        raise
+        raise checks.as_value_error(OP, error) from None
 
 
 def _check_order(patch_order: str) -> None:

@@ -43,6 +43,12 @@ def _case(name: str, tags: str = "test", **sizes: Any) -> Case:
     return Case(name, {**default, **sizes}, frozenset(tags.split()))
 
 
+QWEN2_5_VL: Inputs = {
+    "Hq": 28, "Hk": 4, "d": 128, "r": 128, "layout": "sectioned", "theta": 1e6, "page": 16,
+}  # fmt: skip
+QWEN3_VL: Inputs = {
+    "Hq": 32, "Hk": 8, "d": 128, "r": 128, "layout": "interleaved", "theta": 5e6, "page": 16, "norm": True,
+}  # fmt: skip
 CASES = [
     _case("sectioned", layout="sectioned", skip=0.3),
     _case("page_of_one", page=1, T=9, Hq=3, Hk=3),
@@ -63,71 +69,11 @@ CASES = [
     _case("all_skipped", skip=1.0),
     _case("no_tokens", "test empty", T=0, layout="sectioned"),
     _case("no_heads", "test empty", Hq=0, Hk=0),
-    _case(
-        "qwen2_5_vl_7b_prefill",
-        "bench",
-        T=2048,
-        Hq=28,
-        Hk=4,
-        d=128,
-        r=128,
-        layout="sectioned",
-        theta=1e6,
-        page=16,
-    ),
-    _case(
-        "qwen2_5_vl_7b_decode",
-        "bench",
-        T=64,
-        Hq=28,
-        Hk=4,
-        d=128,
-        r=128,
-        layout="sectioned",
-        theta=1e6,
-        page=16,
-        decode=True,
-    ),
-    _case(
-        "qwen3_vl_8b_prefill",
-        "bench",
-        T=2048,
-        Hq=32,
-        Hk=8,
-        d=128,
-        r=128,
-        layout="interleaved",
-        theta=5e6,
-        page=16,
-        norm=True,
-    ),
-    _case(
-        "qwen3_vl_8b_decode",
-        "bench",
-        T=64,
-        Hq=32,
-        Hk=8,
-        d=128,
-        r=128,
-        layout="interleaved",
-        theta=5e6,
-        page=16,
-        norm=True,
-        decode=True,
-    ),
-    _case(
-        "qwen2_5_vl_7b_prefill_int8",
-        "bench",
-        T=2048,
-        Hq=28,
-        Hk=4,
-        d=128,
-        r=128,
-        layout="sectioned",
-        theta=1e6,
-        page=16,
-        cache="int8",
-    ),
+    _case("qwen2_5_vl_7b_prefill", "bench", T=2048, **QWEN2_5_VL),
+    _case("qwen2_5_vl_7b_decode", "bench", T=64, decode=True, **QWEN2_5_VL),
+    _case("qwen3_vl_8b_prefill", "bench", T=2048, **QWEN3_VL),
+    _case("qwen3_vl_8b_decode", "bench", T=64, decode=True, **QWEN3_VL),
+    _case("qwen2_5_vl_7b_prefill_int8", "bench", T=2048, cache="int8", **QWEN2_5_VL),
 ]
 
 

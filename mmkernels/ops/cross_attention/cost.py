@@ -10,13 +10,13 @@ threads. Fitted to ``benchmarks/queries.py``.
 
 import torch
 
-# (of a multiply-add, of a weight, of a value of the context). CPU: an AMX Xeon, 2026-11-25, whose 16-bit GEMMs in torch
-# are about five times faster than fp32; fp32 weights again on a Zen3, since few queries share them. GPU: not measured.
+# (of a multiply-add, of a weight, of a value of the context). CPU: an AMX Xeon, 2026-11-26, whose 16-bit GEMMs in torch
+# are about five times faster than fp32; fp32 a Zen3. GPU: not measured.
 _CHARGES = {
     ("cpu", False, False): (1.2, 10, 5),
     ("cpu", False, True): (1.55, 10, 12),
-    ("cpu", True, False): (5.4, 70, 55),
-    ("cpu", True, True): (5.2, 70, 50),
+    ("cpu", True, False): (4.4, 5, 20),
+    ("cpu", True, True): (3.0, 5, 50),
 }
 _GPU = {False: (1.3, 0, 0), True: (4.5, 0, 0)}
 

@@ -134,7 +134,7 @@ def _generate(args: argparse.Namespace) -> int:
         model = checkpoint.load(args.checkpoint).model
     except checkpoint.CheckpointError as error:
         raise InputError(f"--checkpoint {error}") from None
-    pixel_values = read_image(args.image, model.config.vision.image_size)
+    pixel_values = read_image(args.image, model.image_size)
     try:
         (text,) = evaluate.answer(model, pixel_values, [args.prompt])
     except ValueError as error:

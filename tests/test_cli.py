@@ -10,16 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tiny_config
 
 from mmkernels import cli
-from mmkernels.models import MMLLM, DecoderConfig, MMConfig, ProjectorConfig, VisionConfig
+from mmkernels.models import MMLLM
 from mmkernels.train import checkpoint, pipeline
 
-TINY = MMConfig(
-    VisionConfig(hidden_size=32, num_layers=1, intermediate_size=32),
-    ProjectorConfig(num_query_tokens=3, hidden_size=32, num_layers=1, intermediate_size=32),
-    DecoderConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1),
-)
+TINY = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +127,7 @@ def test_wrong_files_and_prompts(
         (_generate(trained, tmp_path), ("--image", str(tmp_path), "directory")),
         (_generate(trained, text), ("--image", "notes.png", "not a PNG or JPEG")),
         (_generate(trained, picture, " "), ("--prompt", "empty")),
-        (_generate(trained, picture, "<image> and <image>"), ("--prompt", "expected", "3", "6")),
+        (_generate(trained, picture, "<image> and <image>"), ("--prompt", "image: 1 given", "[2]")),
         (_generate(trained, picture, "long " * 90), ("--prompt", "256")),
         (_generate(tmp_path / "nowhere", picture), ("--checkpoint", "nowhere", "No such file")),
     ):
@@ -139,7 +136,7 @@ def test_wrong_files_and_prompts(
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and len(lines) == 7
-    expected = ["none.png: No such file", str(tmp_path), "not a PNG or JPEG", "empty", "sample 0",
+    expected = ["none.png: No such file", str(tmp_path), "not a PNG or JPEG", "empty", "image: 1 given",
                 "256", "nowhere"]  # fmt: skip
     for line, word in zip(lines, expected, strict=True):
         assert line.startswith("mmkernels generate: --") and word in line

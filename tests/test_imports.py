@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arrows: models, train → nn → ops → backends. Lower rooms never import higher ones."""
+"""The arrows: models, train, serve → nn, cache → ops → backends. Lower rooms never import higher ones."""
 
 import ast
 from pathlib import Path
@@ -12,8 +12,9 @@ ROOMS = {
     "testing": {"testing", "backends"},
     "nn": {"nn", "ops", "backends", "checks"},
     "cache": {"cache", "ops"},
-    "models": {"models", "nn", "ops", "backends", "checks"},
-    "train": {"train", "models", "nn", "ops", "backends", "checks"},
+    "models": {"models", "nn", "cache", "ops", "backends", "checks"},
+    "train": {"train", "models", "nn", "cache", "ops", "backends", "checks"},
+    "serve": {"serve", "models", "cache", "ops"},
 }
 
 
@@ -32,7 +33,7 @@ def imported(path: Path) -> set[str]:
     return rooms
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", [r for r in ROOMS if (ROOT / r).exists()])
 def test_arrows(room: str) -> None:
     known = {p.stem for p in ROOT.iterdir()}
     for path in (ROOT / room).rglob("*.py"):

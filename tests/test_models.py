@@ -3,25 +3,18 @@
 
 import pytest
 import torch
+from tiny_models import tiny_config
 from torch import nn
 
 import mmkernels
-from mmkernels.models import (
-    MMLLM,
-    DecoderConfig,
-    MMConfig,
-    ProjectorConfig,
-    VisionConfig,
-    tokenizer,
-)
+from mmkernels.cache import PagedKVCache
+from mmkernels.models import MMLLM, DecoderConfig, Features, MMConfig, answer, generate, tokenizer
+from mmkernels.models.attention import Packed, Paged
 from mmkernels.models.decoder import Decoder
+from mmkernels.models.generate import new_pool
 from mmkernels.nn import CrossAttention, PatchEmbed, QFormer
 
-TINY = MMConfig(
-    VisionConfig(hidden_size=32, num_layers=1, intermediate_size=48),
-    ProjectorConfig(num_query_tokens=3, hidden_size=32, num_layers=2, intermediate_size=48),
-    DecoderConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2),
-)
+TINY = tiny_config(32, queries=3, qformer_layers=2, decoder_layers=2)
 
 
 @pytest.fixture(autouse=True)
@@ -108,23 +101,36 @@ def test_patch_embed_from_conv_refuses_other_convolutions(wrong: dict[str, int])
         PatchEmbed.from_conv(nn.Conv2d(3, 8, 4, **{"stride": 4, **wrong}))
 
 
-def test_decoder_equals_llama() -> None:
+FAMILIES = {
+    "Llama": {},
+    "Qwen2": {"attention_bias": True},
+    "Qwen3": {"qk_norm": True, "head_dim": 12, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_equals_transformers(family: str) -> None:
+    """Samples of different lengths, packed, against each alone; logits and all gradients."""
     transformers = pytest.importorskip("transformers")
-    c = DecoderConfig(vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2)
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
+    c = DecoderConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2, **FAMILIES[family]
+    )
+    own = {"head_dim": c.head_dim} if c.head_dim else {}
+    theirs = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(
             vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
             num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads,
-            rms_norm_eps=c.rms_norm_eps, max_position_embeddings=c.max_position_embeddings,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, **own,
         )
     ).double()  # fmt: skip
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.3)
     ours = Decoder(c).double()
     ours.load_state_dict(theirs.state_dict())
-    ids = torch.randint(0, 50, (3, 9))
-    a, b = theirs(ids).logits, ours(ours.model.embed_tokens(ids))
+    rows = [torch.randint(0, 50, (n,)) for n in (9, 3, 7, 1)]
+    a = torch.cat([theirs(row[None]).logits[0] for row in rows])
+    b = _logits(ours, rows)
     # inv_freq and the angles are float32 in both
     torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
     a.sin().sum().backward()
@@ -133,111 +139,152 @@ def test_decoder_equals_llama() -> None:
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_generation_with_cache_equals_generation_without() -> None:
-    decoder = Decoder(TINY.decoder)
-    rows = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
-    embeds = decoder.model.embed_tokens(tokenizer.pad(rows))
-    got = decoder.generate(embeds, torch.tensor([6, 2, 4]), 12, eos=-1)
-    for row, new in zip(rows, got.tolist(), strict=True):
-        ids = list(row)
+def _logits(decoder: Decoder, rows: list[torch.Tensor]) -> torch.Tensor:
+    lengths = [len(r) for r in rows]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    embeds = decoder.model.embed_tokens(torch.cat(rows))
+    return decoder.logits(decoder(embeds, positions, Packed(cu_seqlens, max(lengths))))
+
+
+def _media(model: MMLLM, n: int) -> Features:
+    side = model.image_size
+    pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8)
+    return model.project("image", model.encode("image", list(pixels)))
+
+
+def test_generation_over_pages_equals_generation_without() -> None:
+    model = MMLLM(TINY)
+    features = {"image": _media(model, 3)}
+    prompts = ["<image>a longer question", "no picture", "<image> or <image>?"]
+    ids = [tokenizer.encode_prompt(p) for p in prompts]
+    for i, new in enumerate(generate(model, ids, features, 9)):
+        media = {0: [0], 1: [], 2: [1, 2]}[i]
+        parts = features["image"].tokens.split(3)
+        tokens = torch.cat([parts[m] for m in media] or [parts[0][:0]])
+        mine = {"image": Features(tokens, ((1, 1, 3),) * len(media))}
+        row = ids[i]
         for token in new:
-            logits = decoder(decoder.model.embed_tokens(torch.tensor([ids])))
-            assert token == logits[0, -1].argmax()
-            ids.append(token)
+            logits = model.logits(model(model.plan([row], mine), mine))
+            assert token == logits[-1].argmax()
+            row = torch.cat((row, torch.tensor([token])))
 
 
-def test_generation_stops_at_the_end_token_and_at_the_model_limit() -> None:
-    decoder = Decoder(TINY.decoder)
-    embeds, lengths = (
-        decoder.model.embed_tokens(torch.tensor([[1, 2], [3, 4]])),
-        torch.tensor([2, 2]),
-    )
-    free = decoder.generate(embeds, lengths, 8, eos=-1)
-    eos = int(free[0, 2])
-    stopped = decoder.generate(embeds, lengths, 8, eos=eos)
-    first = free[0].tolist().index(eos)
-    assert stopped[0, : first + 1].tolist() == free[0, : first + 1].tolist()
-    assert set(stopped[0, first:].tolist()) == {eos}
+def test_generation_stops_at_the_end_token_and_at_the_model_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = MMLLM(TINY)
+    ids = [torch.tensor([1, 2]), torch.tensor([3, 4])]
+    free = generate(model, ids, {}, 8)
+    end = free[0][2]
+    monkeypatch.setattr(tokenizer, "EOS", end)
+    stopped = generate(model, ids, {}, 8)
+    for a, b in zip(stopped, free, strict=True):
+        assert a == (b[: b.index(end)] if end in b else b)
     with pytest.raises(ValueError, match="257 positions, the model has 256"):
-        decoder.generate(embeds, lengths, 255, eos=eos)
+        generate(model, ids, {}, 255)
 
 
-def test_features_stand_in_the_placeholders_rows() -> None:
+def test_a_step_over_pages_is_the_packed_forward() -> None:
     model = MMLLM(TINY)
-    features = torch.randn(2, 3, 32)
-    rows = [tokenizer.encode_prompt("hi <image>!", 3), tokenizer.encode_prompt("longer text", 3)]
-    ids = tokenizer.pad(rows)
-    embeds = model.embed(ids, features)
-    assert torch.equal(embeds[ids == tokenizer.IMAGE].view(2, 3, 32), features)
-    text = ids != tokenizer.IMAGE
-    table = model.language_model.model.embed_tokens.weight
-    assert torch.equal(embeds[text], table[ids[text]])
-    assert rows[0][:5] == [tokenizer.BOS, *b"hi ", tokenizer.IMAGE]
+    features = {"image": _media(model, 2)}
+    ids = [tokenizer.encode_prompt(p) for p in ("<image>sum?", "text", "what? <image>")]
+    plan = model.plan(ids, features)
+    cache = PagedKVCache(new_pool(model, 32))
+    sequences = [cache.add() for _ in ids]
+    with torch.no_grad():
+        paged = model(plan, features, Paged(cache, sequences, plan.cu_seqlens.diff().tolist()))
+    torch.testing.assert_close(paged, model(plan, features), rtol=1e-4, atol=1e-5)
 
 
-def test_wrong_number_of_image_tokens_names_sample_and_counts() -> None:
+def test_features_stand_in_the_placeholders_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = MMLLM(TINY)
-    with pytest.raises(ValueError, match=r"sample 1.*6.*3|sample 1.*3.*6"):
-        model.answer(["fine", "<image> two <image>"], torch.randn(2, 3, 32))
+    features = Features(torch.randn(6, 32), ((1, 1, 3),) * 2)
+    ids = [tokenizer.encode_prompt(p) for p in ("hi <image>!", "<image>longer text")]
+    assert ids[0].tolist() == [tokenizer.BOS, *b"hi ", tokenizer.MODALITIES["image"], *b"!\n"]
+    plan = model.plan(ids, {"image": features})
+    seen: list[torch.Tensor] = []
+    decoder = model.language_model
+    monkeypatch.setattr(decoder, "forward", lambda x, *rest: seen.append(x) or x)
+    model(plan, {"image": features})
+    is_image = plan.input_ids == tokenizer.MODALITIES["image"]
+    assert torch.equal(seen[0][is_image], features.tokens)
+    table = decoder.model.embed_tokens.weight
+    assert torch.equal(seen[0][~is_image], table[plan.input_ids[~is_image]])
+
+
+def test_wrong_number_of_media_names_modality_and_counts() -> None:
+    model = MMLLM(TINY)
+    features = {"image": Features(torch.randn(6, 32), ((1, 1, 3),) * 2)}
+    with pytest.raises(ValueError, match=r"image: 2 given, but the prompts name \[1, 2\]"):
+        answer(model, ["<image>fine", "<image> two <image>"], features)
 
 
 def test_kernels_and_reference_agree_end_to_end() -> None:
     model = MMLLM(TINY)
     pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
-    ids = tokenizer.pad([tokenizer.encode_prompt("what?", 3)] * 2)
-    kernels = model(ids, model.project(model.encode(pixels)))
+    ids = [tokenizer.encode_prompt("<image>what?")] * 2
+
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        features = {"image": model.project("image", model.encode("image", list(pixels)))}
+        return model.logits(model(model.plan(ids, features), features))
+
+    kernels = run(pixels)
     with mmkernels.backend("reference"):
-        reference = model(ids, model.project(model.encode(pixels)))
+        reference = run(pixels)
     torch.testing.assert_close(kernels, reference, rtol=1e-3, atol=1e-4)
-    other = model(ids, model.project(model.encode(255 - pixels)))
-    assert (other - kernels).abs().max() > 1e-3  # the picture matters
+    assert (run(255 - pixels) - kernels).abs().max() > 1e-3  # the picture matters
 
 
 def test_tokenizer_takes_any_text() -> None:
     for text in ("", "which digits?", "Zürich 図 🙂", "\x00\xff"):
         ids = tokenizer.encode(text)
         assert tokenizer.decode([*ids, tokenizer.EOS, 65]) == text
-    assert tokenizer.decode([65, tokenizer.IMAGE, tokenizer.PAD, 66]) == "AB"
+    assert tokenizer.decode([65, tokenizer.MODALITIES["image"], tokenizer.PAD, 66]) == "AB"
 
 
 def test_config_round_trip_and_errors() -> None:
     assert MMConfig.from_json(TINY.to_json()) == TINY
     for old, new, problem in (
-        ('"num_layers": 1', '"num_layer": 1', "vision has missing or unknown fields"),
-        ('"num_layers": 1', '"num_layers": "1"', "vision.num_layers must be a positive"),
-        ('"num_layers": 1', '"num_layers": 1.5', "vision.num_layers must be a positive"),
-        ('"vision"', '"viison"', "expected an object with"),
+        (
+            '"num_layers": 1',
+            '"num_layer": 1',
+            r"encoders.image has .* fields: \['num_layer', 'num_layers'\]",
+        ),
+        ('"num_layers": 1', '"num_layers": "1"', "encoders.image.num_layers must be a number"),
+        ('"num_layers": 1', '"num_layers": 1.5', "encoders.image.num_layers must be a number"),
+        ('"encoders"', '"encodres"', "config has missing or unknown fields"),
+        (
+            '"kind": "Vision"',
+            '"kind": "Linear"',
+            r"image.kind must be one of \['Audio', 'Vision'\], got 'Linear'",
+        ),
+        ('"kind": "Place"', '"kind": "Plaice"', r"projectors.image\[0\].kind must be one of"),
     ):
         with pytest.raises(ValueError, match=problem):
             MMConfig.from_json(TINY.to_json().replace(old, new, 1))
 
 
-def test_a_packed_batch_is_the_padded_one() -> None:
+def test_a_packed_batch_is_its_samples_alone() -> None:
     """Logits and gradients of questions of different lengths, with their images."""
     model = MMLLM(TINY).double()
-    Q = TINY.projector.num_query_tokens
-    rows = [tokenizer.encode_prompt(p, Q) for p in ("sum?", "what is the first digit?", "list")]
-    side = TINY.vision.image_size
-    pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    prompts = ("<image>sum?", "<image>what is the first digit?", "no image", "list <image><image>")
+    rows = [tokenizer.encode_prompt(p) for p in prompts]
+    side = model.image_size
+    pixels = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8)
     grads, outputs = [], []
-    for packed in (False, True):
+    for batches in ([rows], [[r] for r in rows]):
         model.zero_grad()
-        features = model.project(model.encode(pixels))
-        if packed:
-            plan = mmkernels.plan_pack(
-                [torch.tensor(r) for r in rows], feature_token_ids=[tokenizer.IMAGE],
-                feature_counts=[[Q] * 3], expand=False,
-            )  # fmt: skip
-            logits = model.forward_packed(plan, features).split([len(r) for r in rows])
-        else:
-            padded = model(tokenizer.pad(rows), features)
-            logits = tuple(x[: len(r)] for x, r in zip(padded, rows, strict=True))
+        images = iter(pixels)
+        logits = []
+        for batch in batches:
+            found = [next(images) for r in batch for t in r if t == tokenizer.MODALITIES["image"]]
+            features = {"image": model.project("image", model.encode("image", found))}
+            logits.append(model.logits(model(model.plan(batch, features), features)))
         sum(x.square().sum() for x in logits).backward()  # type: ignore[union-attr]
-        outputs.append(logits)
+        outputs.append(torch.cat(logits))
         grads.append({n: p.grad for n, p in model.named_parameters()})
-    for ours, theirs in zip(outputs[1], outputs[0], strict=True):
-        assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
-    for name, theirs in grads[0].items():
-        if theirs is not None:
-            size = theirs.abs().max().clamp(min=1e-3)  # smaller ones are sums that cancel
-            assert (grads[1][name] - theirs).abs().max() <= 1e-9 * size, name
+    assert (outputs[0] - outputs[1]).abs().max() <= 1e-9 * outputs[1].abs().max()
+    for name, theirs in grads[1].items():
+        size = theirs.abs().max().clamp(min=1e-3)  # smaller ones are sums that cancel
+        assert (grads[0][name] - theirs).abs().max() <= 1e-9 * size, name

@@ -9,17 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_config
 
-from mmkernels.models import MMLLM, DecoderConfig, MMConfig, ProjectorConfig, VisionConfig
+from mmkernels.models import MMLLM, Features
 from mmkernels.train import checkpoint, digits, evaluate, pipeline, questions, stages
 from mmkernels.train.checkpoint import CheckpointError
 from mmkernels.train.questions import Scene
 
-TINY = MMConfig(
-    VisionConfig(hidden_size=64, num_layers=1, intermediate_size=96),
-    ProjectorConfig(num_query_tokens=4, hidden_size=64, num_layers=1, intermediate_size=96),
-    DecoderConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2),
-)
+TINY = tiny_config(64, queries=4, qformer_layers=1, decoder_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +103,10 @@ def _work_out(question: questions.Question, scene: Scene) -> str:
 @pytest.mark.parametrize(
     ("stage", "learning"),
     [
-        ("vision", {"vision"}),
+        ("vision", {"encoders"}),
         ("language", {"language_model"}),
-        ("pt", {"projector"}),
-        ("it", {"projector", "language_model"}),
+        ("pt", {"projectors"}),
+        ("it", {"projectors", "language_model"}),
     ],
 )
 def test_each_stage_changes_only_its_parts(
@@ -131,10 +128,11 @@ def test_each_stage_changes_only_its_parts(
 
 
 def test_only_the_answer_is_scored(model: MMLLM) -> None:
-    features = model.project(torch.randn(1, 65, 64))
-    given, said = [257, 259, 259, 259, 259, 65, 66], [67, 258]
+    features = {"image": model.project("image", Features(torch.randn(65, 64), ((1, 8, 8),), 1))}
+    given, said = torch.tensor([257, 259, 65, 66]), [67, 258]
     loss = stages.answer_loss(model, [(given, said)], features)
-    logits = model(torch.tensor([[*given, *said]]), features)[0]
+    ids = torch.cat((given, torch.tensor(said)))
+    logits = model.logits(model(model.plan([ids], features), features))
     expected = -(logits[6].log_softmax(-1)[67] + logits[7].log_softmax(-1)[258]) / 2
     torch.testing.assert_close(loss, expected)
 
@@ -145,18 +143,23 @@ def test_memorises_a_tiny_set_and_needs_the_picture(model: MMLLM, scans: digits.
     asked = ["which digits are shown?"] * 6
     truth = [" ".join(map(str, s.digits)) for s in questions.scenes(pictures)]
     assert len(set(truth)) == 6
-    pool = stages.Pool(model.encode(pictures.pixel_values).detach(), questions.scenes(pictures))
-    stages.learn_only(model, model.projector, model.language_model)
+    pool = stages.Pool(_detached(model, pictures), questions.scenes(pictures))
+    stages.learn_only(model, model.projectors, model.language_model)
     loss_at = stages.picture_loss(
         model, pool, rng, 12, lambda s, _: (asked[0], " ".join(map(str, s.digits)))
     )
     losses = stages.fit(
-        "tiny", loss_at, (model.projector, model.language_model), steps=150, lr=3e-3
+        "tiny", loss_at, (model.projectors, model.language_model), steps=150, lr=3e-3
     )
     assert losses[-1] < 0.05 < 1 < losses[0]
     assert evaluate.answer(model, pictures.pixel_values, asked) == truth
     blind = evaluate.answer(model, pictures.pixel_values, asked, blind=True)
     assert len(set(blind)) == 1  # the text is the same for all
+
+
+def _detached(model: MMLLM, pictures: digits.Pictures) -> Features:
+    with torch.no_grad():
+        return model.encode("image", list(pictures.pixel_values))
 
 
 def test_pipeline_saves_after_each_stage_and_resumes(
@@ -247,10 +250,10 @@ def _resealed(saved: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def test_wrong_tensors_are_named(saved: Path) -> None:
     tensors = load_file(_weights(saved))
-    name = "projector.language_projection.weight"
+    name = "projectors.image.blocks.2.linear.weight"
     faults = {
         f"missing {name}": {k: v for k, v in tensors.items() if k != name},
-        "extra vision.new": {**tensors, "vision.new": torch.zeros(1)},
+        "extra encoders.new": {**tensors, "encoders.new": torch.zeros(1)},
         rf"{name} must be \[64, 64\] torch.float32, got \[64, 63\]": {
             **tensors, name: tensors[name][:, :63].contiguous()
         },
@@ -275,7 +278,7 @@ def test_interrupted_save_leaves_the_old_checkpoint(
 ) -> None:
     old = {name: t.clone() for name, t in model.state_dict().items()}
     with torch.no_grad():
-        model.projector.language_projection.bias.add_(1)
+        model.projectors["image"].blocks[2].linear.bias.add_(1)
     calls, real = [], os.replace
 
     def replace(source: str, target: Path) -> None:

@@ -1,7 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference MM-LLM; ``mmllm.py`` shows the whole flow."""
 
-from mmkernels.models.config import DecoderConfig, MMConfig, ProjectorConfig, VisionConfig
+from mmkernels.models.config import AudioConfig, DecoderConfig, MMConfig, VisionConfig
+from mmkernels.models.features import Features
+from mmkernels.models.generate import answer, generate
 from mmkernels.models.mmllm import MMLLM
 
-__all__ = ["MMLLM", "DecoderConfig", "MMConfig", "ProjectorConfig", "VisionConfig"]
+__all__ = [
+    "MMLLM",
+    "AudioConfig",
+    "DecoderConfig",
+    "Features",
+    "MMConfig",
+    "VisionConfig",
+    "answer",
+    "generate",
+]

@@ -1,18 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of the reference MM-LLM as dataclasses, JSON in and out."""
+"""Sizes of the reference MM-LLM as dataclasses, JSON in and out: a preset is data.
+
+An input projector is a tuple of blocks, one behind the other (``projector.py``); a block's input width is the output
+width of the one before. ``kind`` in the JSON names the class.
+"""
 
 import dataclasses
 import json
+import types
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """ViT encoder; pixels are uint8, sides in pixels."""
+    """ViT for images and clips of uint8 pixels; sides in pixels, ``temporal_patch_size`` in frames.
+
+    ``offset_bias`` gives attention a bias for each offset between patches; all images then have ``image_size``.
+    """
 
     image_size: int = 112
     patch_size: int = 14
+    temporal_patch_size: int = 1
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 8
+    intermediate_size: int = 512
+    class_token: bool = True
+    offset_bias: bool = True
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """ViT over a log-mel spectrogram; ``hop`` and ``window`` in samples, patches in bins × frames."""
+
+    sampling_rate: int = 8000
+    hop: int = 80
+    window: int = 200
+    mel_bins: int = 64
+    patch_size: int = 16
+    stride: int = 16
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 8
@@ -20,8 +48,83 @@ class VisionConfig:
 
 
 @dataclass(frozen=True)
-class ProjectorConfig:
-    """Q-Former between the encoder's width and the decoder's."""
+class PlaceConfig:
+    """Adds learned positions of a ``side × side`` grid (they start as sines) to every frame, prefix tokens excepted."""
+
+    side: int
+
+
+@dataclass(frozen=True)
+class FramePlaceConfig:
+    """Adds one learned vector to all tokens of a frame, for up to ``frames`` frames (Video-LLaMA)."""
+
+    frames: int
+
+
+@dataclass(frozen=True)
+class DropPrefixConfig:
+    """Drops the tokens before each frame's grid (LLaVA's class token)."""
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """``"layer"`` or ``"rms"`` over the width."""
+
+    norm: str = "layer"
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """``act(x · W + b)``; ``act`` empty, ``"gelu"``, ``"relu"`` or ``"silu"``. Two of them are LLaVA-1.5's MLP."""
+
+    width: int
+    bias: bool = True
+    act: str = ""
+
+
+@dataclass(frozen=True)
+class SwiGLUConfig:
+    """``down(silu(gate(x)) · up(x))``."""
+
+    width: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """``rows × columns`` neighbours side by side, in raster order (``1 × 4`` in MiniGPT-v2); ``order`` and ``pad`` as
+    in ``mmkernels.patch_merge``."""
+
+    rows: int = 2
+    columns: int = 2
+    order: str = "kkc"
+    pad: bool = False
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """Means: over ``"item"`` (one token), each ``"frame"``, or ``"time_and_space"`` (a token a frame, then one a place,
+    Video-ChatGPT). Prefix tokens are dropped; ``"prefix"`` keeps a frame's first token alone (a pooled class token)."""
+
+    over: str = "item"
+
+
+@dataclass(frozen=True)
+class SpreadConfig:
+    """One token becomes ``tokens`` of ``width`` by a linear layer (GILL)."""
+
+    tokens: int
+    width: int
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """Learned queries read an item or, with ``per="frame"``, each of its frames (BLIP-2, Video-LLaMA).
+
+    With ``ordered_side`` queries start at places from left to right of a grid of that side (0: at random) and keys like
+    queries, so that each reads its column.
+    """
 
     num_query_tokens: int = 8
     hidden_size: int = 128
@@ -29,52 +132,153 @@ class ProjectorConfig:
     num_heads: int = 8
     intermediate_size: int = 256
     cross_attention_frequency: int = 1
+    per: str = "item"
+    ordered_side: int = 0
+
+
+@dataclass(frozen=True)
+class PerceiverConfig:
+    """``nn.PerceiverResampler``; keys and values are the context and the latents (Flamingo, Idefics2)."""
+
+    num_latents: int = 64
+    num_layers: int = 3
+    num_heads: int = 16
+    num_key_value_heads: int = 4
+    head_dim: int = 96
+    intermediate_size: int = 1024
+    per: str = "item"
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """``nn.Resampler``: constant queries read one frame (Qwen-VL, MiniCPM-V)."""
+
+    num_queries: int
+    width: int
+    num_heads: int
+    query_grid: bool = False
+    post: bool = True
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Llama-style decoder; names are transformers'."""
+    """Llama-style decoder; names are transformers'. ``head_dim`` 0: hidden_size / heads.
 
-    vocab_size: int = 260
+    ``mrope_section``: channels of half a head for each position axis, empty for 1-D RoPE. ``gated_layers``: layers that
+    read the features beside the text (Flamingo); empty: features lie in the text.
+    """
+
+    vocab_size: int = 266
     hidden_size: int = 128
     intermediate_size: int = 384
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
+    head_dim: int = 0
     max_position_embeddings: int = 256
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    attention_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    mrope_section: tuple[int, ...] = ()
+    gated_layers: tuple[int, ...] = ()
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+Encoder = VisionConfig | AudioConfig
+Block = (
+    PlaceConfig | FramePlaceConfig | DropPrefixConfig | NormConfig | LinearConfig | SwiGLUConfig | MergeConfig
+    | PoolConfig | SpreadConfig | QFormerConfig | PerceiverConfig | ResamplerConfig
+)  # fmt: skip
+
+
+def _image_projector() -> dict[str, tuple[Block, ...]]:
+    return {"image": (PlaceConfig(8), QFormerConfig(ordered_side=8), LinearConfig(128))}
 
 
 @dataclass(frozen=True)
 class MMConfig:
-    """The three parts of the model."""
+    """An encoder and a projector for each modality (``"image"``, ``"video"``, ``"audio"``), and the decoder.
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    An encoder may be the name of another modality's, which is then shared.
+    """
+
+    encoders: dict[str, Encoder | str] = field(default_factory=lambda: {"image": VisionConfig()})
+    projectors: dict[str, tuple[Block, ...]] = field(default_factory=_image_projector)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
     def to_json(self) -> str:
         """Indented JSON, every field written out."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return json.dumps(_written(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "MMConfig":
         """Reads what ``to_json`` wrote. ValueError names a part or field that does not belong."""
-        parts = {"vision": VisionConfig, "projector": ProjectorConfig, "decoder": DecoderConfig}
-        values = json.loads(text)
-        if not isinstance(values, dict) or set(values) != set(parts):
-            raise ValueError(f"config: expected an object with {sorted(parts)}")
-        return cls(**{name: _read(part, values[name], name) for name, part in parts.items()})
+        return typing.cast(MMConfig, _read(cls, json.loads(text), "config"))
 
 
-def _read(part: type[Any], values: Any, name: str) -> Any:
-    fields = {f.name: f.type for f in dataclasses.fields(part)}
-    if not isinstance(values, dict) or set(values) != set(fields):
-        wrong = sorted(set(values) ^ set(fields)) if isinstance(values, dict) else values
-        raise ValueError(f"config: {name} has missing or unknown fields: {wrong}")
-    for key, value in values.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or (fields[key] is int and not isinstance(value, int)) or value <= 0:
-            raise ValueError(f"config: {name}.{key} must be a positive number, got {value!r}")
-    return part(**values)
+KINDS: dict[str, type[Any]] = {
+    c.__name__.removesuffix("Config"): c for c in (*typing.get_args(Encoder), *typing.get_args(Block))
+}  # fmt: skip
+
+
+def _written(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        name = type(value).__name__.removesuffix("Config")
+        kind = {"kind": name} if name in KINDS else {}
+        return kind | {f.name: _written(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: _written(v) for k, v in value.items()}
+    return [_written(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as ``kind``: a dataclass, a union of them, dict, tuple or scalar."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _read_one_of(arguments, value, where)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return _read_fields(kind, value, where)
+    if origin is dict:
+        return {
+            k: _read(arguments[1], v, f"{where}.{k}") for k, v in _is(dict, value, where).items()
+        }
+    if origin is tuple:
+        items = enumerate(_is(list, value, where))
+        return tuple(_read(arguments[0], v, f"{where}[{i}]") for i, v in items)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind in (int, float) and value < 0):
+        expected = "a number of at least 0" if kind in (int, float) else f"a {kind.__name__}"
+        raise ValueError(f"{where} must be {expected}, got {value!r}")
+    return value
+
+
+def _read_one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if isinstance(value, str) and str in kinds:
+        return value
+    name = _is(dict, value, where).get("kind")
+    if name not in KINDS or KINDS[name] not in kinds:
+        known = sorted(k.__name__.removesuffix("Config") for k in kinds if k is not str)
+        raise ValueError(f"{where}.kind must be one of {known}, got {name!r}")
+    return _read_fields(KINDS[name], {k: v for k, v in value.items() if k != "kind"}, where)
+
+
+def _read_fields(kind: type[Any], value: Any, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    wrong = sorted(set(_is(dict, value, where)) ^ set(hints))
+    if wrong:
+        raise ValueError(f"{where} has missing or unknown fields: {wrong}")
+    return kind(
+        **{name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
+    )
+
+
+def _is(kind: type[Any], value: Any, where: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{where} must be a {kind.__name__}, got {value!r}")
+    return value

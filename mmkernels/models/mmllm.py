@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole reference MM-LLM on one page: image and question in, text out.
+"""The whole reference MM-LLM on one page: images, videos, sound and text in, text out.
 
 ```
-pixel_values [B,3,H,W] uint8 ── encode: patch_embed, ViT ──▶ image_embeds [B,n,X]
-  ── project: Q-Former (cross_attention), linear ──▶ image_features [B,Q,E] ┐
-input_ids [B,L] with Q placeholders a sample ── merge_embeddings ───────────┴▶ inputs_embeds [B,L,E]
-  ── decoder with KV cache ──▶ logits [B,L,V] ──▶ text
+media ── encode: patch_embed, ViT ──▶ features [n, X] ── project: Q-Former, MLP, … ──▶ features [q, E] ┐
+ids, one placeholder a medium ── plan_pack ──▶ rows ── pack_embeddings ────────────────────────────────┴▶ [T, E]
+  ── decoder: mrope and attention within samples, or rope_write_kv and paged_attention ──▶ hidden states [T, E]
+  ── logits [·, V] ──▶ text
 ```
 
-Dimensions: B samples, n feature tokens, X their width, Q image tokens, L tokens, E decoder width.
+Samples lie behind one another: there is no padding.
+Dimensions: T rows in all, E decoder width, X encoder width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -18,14 +19,20 @@ from torch import nn
 
 import mmkernels
 from mmkernels.models import tokenizer
-from mmkernels.models.config import MMConfig
-from mmkernels.models.decoder import Decoder
+from mmkernels.models.attention import Packed
+from mmkernels.models.audio import AudioEncoder
+from mmkernels.models.config import AudioConfig, MMConfig, VisionConfig
+from mmkernels.models.decoder import Attend, Decoder
+from mmkernels.models.features import Features
+from mmkernels.models.gated import Media, last_medium
 from mmkernels.models.projector import Projector
 from mmkernels.models.vision import VisionEncoder
 
+ENCODERS = {VisionConfig: VisionEncoder, AudioConfig: AudioEncoder}
+
 
 class MMLLM(nn.Module):
-    """Vision encoder, projector and language model.
+    """An encoder and a projector for each modality, and a language model.
 
     Source: the layout of BLIP-2 (Li et al. 2023) and its training stages.
     """
@@ -33,62 +40,139 @@ class MMLLM(nn.Module):
     def __init__(self, config: MMConfig | None = None) -> None:
         super().__init__()
         self.config = config or MMConfig()
-        self.vision = VisionEncoder(self.config.vision)
-        self.projector = Projector(self.config)
+        self.encoders, self.projectors = nn.ModuleDict(), nn.ModuleDict()
+        for modality, encoder in self.config.encoders.items():
+            if not isinstance(encoder, str):
+                self.encoders[modality] = ENCODERS[type(encoder)](encoder)
+        for modality, blocks in self.config.projectors.items():
+            self.projectors[modality] = Projector(blocks, self.encoder(modality).width)
         self.language_model = Decoder(self.config.decoder)
+        _check_widths(self)
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, H, W]`` uint8 → ``[B, n, X]``; constant while the encoder is frozen."""
-        image_embeds: torch.Tensor = self.vision(pixel_values)
-        return image_embeds
+    def encoder(self, modality: str) -> VisionEncoder | AudioEncoder:
+        """The encoder of a modality, which may be another's."""
+        shared = self.config.encoders[modality]
+        found = self.encoders[shared if isinstance(shared, str) else modality]
+        assert isinstance(found, VisionEncoder | AudioEncoder)
+        return found
 
-    def project(self, image_embeds: torch.Tensor) -> torch.Tensor:
-        """``[B, n, X]`` → ``[B, Q, E]``."""
-        image_features: torch.Tensor = self.projector(image_embeds)
-        return image_features
+    @property
+    def image_size(self) -> int:
+        """Side of an image that every position of the encoder's table fits, in pixels."""
+        config = self.config.encoders["image"]
+        assert isinstance(config, VisionConfig)
+        return config.image_size
 
-    def embed(self, input_ids: torch.Tensor, image_features: torch.Tensor | None) -> torch.Tensor:
-        """Token embeddings with each sample's features in its placeholders' rows, ``[B, L, E]``.
+    def encode(self, modality: str, items: Sequence[torch.Tensor]) -> Features:
+        """uint8 images and clips or waveforms → features ``[n, X]``; constant while the encoder is frozen."""
+        features: Features = self.encoder(modality)(items)
+        return features
+
+    def project(self, modality: str, features: Features) -> Features:
+        """``[n, X]`` → ``[q, E]``."""
+        projected: Features = self.projectors[modality](features)
+        return projected
+
+    def plan(
+        self,
+        input_ids: Sequence[torch.Tensor],
+        features: dict[str, Features],
+        labels: Sequence[torch.Tensor] | None = None,
+    ) -> mmkernels.PackPlan:
+        """Where every row of a batch comes from; ``input_ids`` have one placeholder for each medium, ``features`` their
+        projected features in the order of the placeholders.
 
         Raises:
-            ValueError: A sample does not have exactly Q placeholders; the message names it.
+            ValueError: Placeholders and media do not match in number.
         """
-        weight = self.language_model.model.embed_tokens.weight
-        if image_features is None:
-            return mmkernels.merge_embeddings(input_ids, weight, [])
-        B, Q, _ = image_features.shape
-        return mmkernels.merge_embeddings(
-            input_ids,
-            weight,
-            [image_features],
-            feature_token_ids=[tokenizer.IMAGE],
-            feature_counts=[[Q] * B],
-        )
+        _check_media(input_ids, features)
+        if self.config.decoder.gated_layers:  # features lie beside: a placeholder is a word
+            return mmkernels.plan_pack(input_ids, labels=labels)
+        return mmkernels.plan_pack(
+            input_ids, labels=labels, feature_token_ids=[tokenizer.MODALITIES[m] for m in features],
+            feature_counts=[f.counts for f in features.values()],
+        )  # fmt: skip
 
     def forward(
-        self, input_ids: torch.Tensor, image_features: torch.Tensor | None = None
+        self,
+        plan: mmkernels.PackPlan,
+        features: dict[str, Features],
+        attend: Attend | None = None,
     ) -> torch.Tensor:
-        """Logits ``[B, L, V]``; without features the text alone is modelled."""
-        logits: torch.Tensor = self.language_model(self.embed(input_ids, image_features))
-        return logits
+        """Hidden states ``[T, E]`` of a plan's rows; ``logits`` follows where they are needed."""
+        weight, gated = (
+            self.language_model.model.embed_tokens.weight,
+            self.config.decoder.gated_layers,
+        )
+        inside = [] if gated else [f.tokens for f in features.values()]
+        embeds = mmkernels.pack_embeddings(plan, weight, inside)
+        attend = attend or Packed(plan.cu_seqlens, plan.max_seqlen)
+        hidden_states: torch.Tensor = self.language_model(
+            embeds, self.positions(plan, features), attend, self.beside(plan, features)
+        )
+        return hidden_states
 
-    def forward_packed(
-        self, plan: mmkernels.PackPlan, image_features: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Logits ``[T, V]`` of a plan's samples behind one another, without padding."""
-        features = [] if image_features is None else [image_features]
-        weight = self.language_model.model.embed_tokens.weight
-        embeds = mmkernels.pack_embeddings(plan, weight, features)
-        logits: torch.Tensor = self.language_model(embeds[None], plan.position_ids[None])[0]
-        return logits
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``[..., E]`` → ``[..., V]``."""
+        return self.language_model.logits(hidden_states)
 
-    @torch.no_grad()
-    def answer(
-        self, prompts: Sequence[str], image_features: torch.Tensor, max_new_tokens: int = 48
-    ) -> list[str]:
-        """Greedy answers, one a prompt and image, generated as one batch."""
-        rows = [tokenizer.encode_prompt(p, image_features.shape[1]) for p in prompts]
-        inputs_embeds = self.embed(tokenizer.pad(rows), image_features)
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = self.language_model.generate(inputs_embeds, lengths, max_new_tokens, tokenizer.EOS)
-        return [tokenizer.decode(row) for row in ids.tolist()]
+    def positions(self, plan: mmkernels.PackPlan, features: dict[str, Features]) -> torch.Tensor:
+        """``[T]``, or ``[3, T]`` with M-RoPE: time, height and width of features that lie on a grid."""
+        if not self.config.decoder.mrope_section:
+            return plan.position_ids
+        grids = {
+            m: torch.tensor(features[m].grids, dtype=torch.int64).view(-1, 3)
+            if m in features
+            else None
+            for m in ("image", "video")
+        }
+        position_ids, _ = mmkernels.mrope_positions(
+            plan.input_ids[None], _media_types(plan.input_ids), family="qwen2_vl", cu_seqlens=plan.cu_seqlens,
+            image_grid_thw=grids["image"], video_grid_thw=grids["video"], spatial_merge_size=1,
+            image_token_id=tokenizer.MODALITIES["image"], video_token_id=tokenizer.MODALITIES["video"],
+        )  # fmt: skip
+        return position_ids[-3:, 0]
+
+    def beside(self, plan: mmkernels.PackPlan, features: dict[str, Features]) -> Media | None:
+        """What gated layers read: a token sees the last medium before it."""
+        if not self.config.decoder.gated_layers or not features:
+            return None
+        if len(features) > 1:
+            raise ValueError(f"gated layers read one modality, got {sorted(features)}")
+        ((modality, found),) = features.items()
+        lengths, counts = (
+            plan.cu_seqlens.diff().long(),
+            torch.tensor(found.counts, dtype=torch.int64),
+        )
+        sample = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        begins = plan.input_ids == tokenizer.MODALITIES[modality]
+        so_far = begins.long().cumsum(0)
+        before = (
+            so_far - torch.cat((so_far.new_zeros(1), so_far))[plan.cu_seqlens[:-1].long()][sample]
+        )
+        of_medium = sample[begins], before[begins]
+        rows = [torch.repeat_interleave(x, counts) for x in of_medium]
+        return Media(found.tokens, last_medium(sample, before, *rows))
+
+
+def _media_types(input_ids: torch.Tensor) -> torch.Tensor:
+    """``[1, T]``: 1 image, 2 video, 0 anything else."""
+    image, video = (input_ids == tokenizer.MODALITIES[m] for m in ("image", "video"))
+    return (image.long() + 2 * video.long())[None]
+
+
+def _check_media(input_ids: Sequence[torch.Tensor], features: dict[str, Features]) -> None:
+    for modality, token in tokenizer.MODALITIES.items():
+        named = [int((ids == token).sum()) for ids in input_ids]
+        given = len(features[modality].grids) if modality in features else 0
+        if sum(named) != given:
+            raise ValueError(f"{modality}: {given} given, but the prompts name {named}")
+
+
+def _check_widths(model: MMLLM) -> None:
+    for modality, projector in model.projectors.items():
+        E = model.config.decoder.hidden_size
+        if projector.width != E:
+            raise ValueError(
+                f"config.projectors.{modality}: ends with width {projector.width}, the decoder has {E}"
+            )

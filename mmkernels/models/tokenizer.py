@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Byte tokenizer: every text has ids, and ``<image>`` in a prompt stands for one image."""
+"""Byte tokenizer: every text has ids; a placeholder in a prompt is one id, whatever its medium becomes."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable
 
 import torch
 
-PAD, BOS, EOS, IMAGE = 256, 257, 258, 259
-VOCAB_SIZE = 260
-PLACEHOLDER = "<image>"
+PAD, BOS, EOS = 256, 257, 258
+MODALITIES = {"image": 259, "video": 260, "audio": 261}
+SIGNALS = (262, 263, 264, 265)  # [IMG0] … [IMG3]: their hidden states are drawn
+VOCAB_SIZE = 266
+_PLACEHOLDER = re.compile("<(" + "|".join(MODALITIES) + ")>")
 
 
 def encode(text: str) -> list[int]:
@@ -21,23 +24,24 @@ def decode(ids: Iterable[int]) -> str:
     for token in ids:
         if token == EOS:
             break
-        if token < 256:
+        if token < PAD:
             kept.append(token)
     return bytes(kept).decode(errors="replace")
 
 
-def encode_prompt(prompt: str, num_image_tokens: int) -> list[int]:
-    """``<bos> image… prompt \\n``; the image comes first unless the prompt places ``<image>`` itself."""
-    if PLACEHOLDER not in prompt:
-        prompt = PLACEHOLDER + prompt
-    first, *rest = prompt.split(PLACEHOLDER)
-    ids = [BOS, *encode(first)]
-    for part in rest:
-        ids += [IMAGE] * num_image_tokens + encode(part)
-    return [*ids, *encode("\n")]
+def placeholders(prompt: str) -> list[str]:
+    """The modalities a prompt names, in order: ``"<image>what is said in <audio>?"`` gives image, audio."""
+    return _PLACEHOLDER.findall(prompt)
 
 
-def pad(rows: Sequence[Sequence[int]], value: int = PAD) -> torch.Tensor:
-    """Rows padded on the right to the longest, ``[B, L]`` int64."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+def place(prompt: str, modality: str) -> str:
+    """The medium first, unless the prompt places one itself."""
+    return prompt if placeholders(prompt) else f"<{modality}>{prompt}"
+
+
+def encode_prompt(prompt: str) -> torch.Tensor:
+    """``<bos> prompt \\n`` as ids ``[L]``, one id for each placeholder."""
+    ids = [BOS]
+    for i, part in enumerate(_PLACEHOLDER.split(prompt)):
+        ids += [MODALITIES[part]] if i % 2 else encode(part)
+    return torch.tensor([*ids, *encode("\n")])

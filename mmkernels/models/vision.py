@@ -1,66 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
 """Vision encoder: uint8 pixels to one feature per patch.
 
-Dimensions: B images, C channels, H×W pixels, N=(H/P)·(W/P) patches plus one class token, D width, A heads.
+Dimensions: C channels, H×W pixels, P patch side, t×h×w patches of an image or clip, D width, A heads, T tokens in all.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import mmkernels
+from mmkernels.models.attention import Packed
 from mmkernels.models.config import VisionConfig
-from mmkernels.nn import PatchEmbed
+from mmkernels.models.features import Features
 
 IMAGE_MEAN = (0.5, 0.5, 0.5)
 IMAGE_STD = (0.5, 0.5, 0.5)
 
 
 class VisionEncoder(nn.Module):
-    """A pre-norm ViT; normalisation, patches, class token and positions are one op.
+    """A pre-norm ViT over images of any sizes, packed; normalisation, patches, class token and positions are one op.
 
-    Source: ViT (Dosovitskiy et al. 2021).
+    Attention stays within a frame. Positions are resampled where an image is not ``image_size``.
+    Source: ViT (Dosovitskiy et al. 2021); tubelets as in ViViT (Arnab et al. 2021); packing as in NaViT (Dehghani et
+    al. 2023).
     """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        D, side = config.hidden_size, config.image_size // config.patch_size
-        self.patch_embed = PatchEmbed(
-            3, D, config.patch_size,
-            rescale_factor=1 / 255, image_mean=IMAGE_MEAN, image_std=IMAGE_STD,
-        )  # fmt: skip
-        with torch.no_grad():
-            self.patch_embed.weight.copy_(_smooth_filters(D, config.patch_size))
-        self.class_token = nn.Parameter(0.02 * torch.randn(D))
+        self.config, D, P = config, config.hidden_size, config.patch_size
+        side, t = config.image_size // P, config.temporal_patch_size
+        if t > 1 and config.class_token:
+            raise ValueError("vision: class_token goes with temporal_patch_size 1")
+        filters = _smooth_filters(D, P)
+        if t > 1:
+            filters = filters[:, :, None].repeat(1, 1, t, 1, 1) / t
+        self.weight, self.bias = nn.Parameter(filters), nn.Parameter(torch.zeros(D))
+        self.class_token = nn.Parameter(0.02 * torch.randn(D)) if config.class_token else None
         self.position_embed = nn.Parameter(0.3 * patch_positions(side, D))
+        biased = side if config.offset_bias else 0
         self.layers = nn.ModuleList(
-            Block(D, config.num_heads, config.intermediate_size, side)
+            EncoderBlock(D, config.num_heads, config.intermediate_size, biased)
             for _ in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(D)
+        self.width = D
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """``[B, 3, H, W]`` uint8 → ``[B, 1+N, D]``."""
-        hidden_states = self.patch_embed(pixel_values, self.position_embed, self.class_token)
+    def forward(self, items: Sequence[torch.Tensor]) -> Features:
+        """Images ``[3, H, W]`` and clips ``[T, 3, H, W]``, uint8 → their features ``[T, D]``.
+
+        Raises:
+            ValueError: A size that the patches do not divide or, with ``offset_bias``, that is not ``image_size``.
+        """
+        patches = self._patches(items)
+        prefix = int(self.class_token is not None)
+        features = Features(patches.tokens, _grids(items, patches.grid_thw.tolist()), prefix)
+        self._check(features)
+        lengths = torch.tensor([0, *features.frames]).cumsum(0)
+        frames = Packed(lengths.int(), max(features.frames, default=0), causal=False)
+        hidden_states = patches.tokens
         for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        image_embeds: torch.Tensor = self.norm(hidden_states)
-        return image_embeds
+            hidden_states = layer(hidden_states, frames)
+        return features._replace(tokens=self.norm(hidden_states))
+
+    def _patches(self, items: Sequence[torch.Tensor]) -> mmkernels.PackedPatches:
+        side = self.config.image_size // self.config.patch_size
+        if self.config.temporal_patch_size == 1:
+            images = [
+                frame for item in items for frame in (item if item.dim() == 4 else item[None])
+            ]
+        else:
+            images = [item.transpose(0, 1) if item.dim() == 4 else item for item in items]
+        return mmkernels.patch_embed_packed(
+            images, self.weight, self.bias, rescale_factor=1 / 255, image_mean=IMAGE_MEAN, image_std=IMAGE_STD,
+            prefix_tokens=self.class_token, position_table=self.position_embed.view(side, side, -1),
+        )  # fmt: skip
+
+    def _check(self, features: Features) -> None:
+        side = self.config.image_size // self.config.patch_size
+        bad = [g for g in features.grids if self.config.offset_bias and g[1:] != (side, side)]
+        if bad:
+            raise ValueError(
+                f"vision: with offset_bias images must be {side}×{side} patches, got {bad[0][1]}×{bad[0][2]}"
+            )
 
 
-class Block(nn.Module):
+def _grids(
+    items: Sequence[torch.Tensor], embedded: list[list[int]]
+) -> tuple[tuple[int, int, int], ...]:
+    """A grid an item, where the op may have seen each frame as an image of its own."""
+    if len(embedded) == len(items):
+        grids = [tuple(g) for g in embedded]
+        return tuple((t, h, w) for t, h, w in grids)
+    found, at = [], 0
+    for item in items:
+        frames = item.shape[0] if item.dim() == 4 else 1
+        found.append((frames, embedded[at][1], embedded[at][2]))
+        at += frames
+    return tuple(found)
+
+
+class EncoderBlock(nn.Module):
     """Self-attention and MLP, each on a normalised copy of the residual stream.
 
-    Each head has a learned bias for every offset between two patches, and starts by looking at one
+    With a ``side`` each head has a learned bias for every offset between two patches, and starts by looking at one
     neighbour: what a convolution is given, a small data set need not teach.
     Source: bias as in BEiT (Bao et al. 2021), its start as in ConViT (d'Ascoli et al. 2021).
     """
 
-    def __init__(self, D: int, num_heads: int, intermediate_size: int, side: int) -> None:
+    def __init__(self, D: int, num_heads: int, intermediate_size: int, side: int = 0) -> None:
         super().__init__()
         self.num_heads, self.side = num_heads, side
-        self.offset_bias = nn.Parameter(_neighbour_bias(num_heads, side))
+        if side:
+            self.offset_bias = nn.Parameter(_neighbour_bias(num_heads, side))
         self.norm1 = nn.LayerNorm(D)
         self.qkv = nn.Linear(D, 3 * D)
         self.proj = nn.Linear(D, D)
@@ -68,27 +122,23 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(D, intermediate_size)
         self.fc2 = nn.Linear(intermediate_size, D)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, frames: Packed) -> torch.Tensor:
         qkv = self.qkv(self.norm1(hidden_states)).unflatten(-1, (3, self.num_heads, -1))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        hidden_states = hidden_states + self.proj(self._attend(query, key, value))
+        bias = self._pair_bias(frames.max_seqlen) if self.side else None
+        query, key, value = qkv.unbind(1)
+        mixed = frames.attend(query, key, value, bias)
+        hidden_states = hidden_states + self.proj(mixed.flatten(1))
         inner = F.gelu(self.fc1(self.norm2(hidden_states)), approximate="tanh")
         output: torch.Tensor = hidden_states + self.fc2(inner)
         return output
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        # Written out: the bias needs a gradient, which sends SDPA to this path on CPU anyway.
-        scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
-        scores = scores + self._pair_bias().to(scores.dtype)
-        mixed: torch.Tensor = scores.softmax(-1) @ value
-        return mixed.transpose(1, 2).flatten(2)
-
-    def _pair_bias(self) -> torch.Tensor:
-        """``offset_bias`` for every pair of patches ``[A, 1+N, 1+N]``; none for the class token."""
+    def _pair_bias(self, L: int) -> torch.Tensor:
+        """``offset_bias`` for every pair of tokens ``[A, L, L]``; none for a class token."""
         at = torch.arange(self.side, device=self.offset_bias.device)
         step = at[None] - at[:, None] + self.side - 1
         bias = self.offset_bias[:, step[:, None, :, None], step[None, :, None, :]]
-        return F.pad(bias.flatten(3).flatten(1, 2), (1, 0, 1, 0))
+        prefix = L - self.side**2
+        return F.pad(bias.flatten(3).flatten(1, 2), (prefix, 0, prefix, 0))
 
 
 def _neighbour_bias(num_heads: int, side: int, sharpness: float = 1.5) -> torch.Tensor:
@@ -107,10 +157,11 @@ def sincos(y: torch.Tensor, x: torch.Tensor, D: int) -> torch.Tensor:
     return torch.cat([wave for phase in phases for wave in (phase.sin(), phase.cos())], dim=1)
 
 
-def patch_positions(side: int, D: int) -> torch.Tensor:
-    """``sincos`` of every patch in raster order after a zero row for the class token, ``[1+side², D]``."""
-    at = torch.arange(side)
-    return torch.cat((torch.zeros(1, D), sincos(at.repeat_interleave(side), at.repeat(side), D)))
+def patch_positions(rows: int, D: int, columns: int | None = None) -> torch.Tensor:
+    """``sincos`` of every patch in raster order, ``[rows·columns, D]``."""
+    columns = rows if columns is None else columns
+    y, x = torch.arange(rows), torch.arange(columns)
+    return sincos(y.repeat_interleave(columns), x.repeat(rows), D)
 
 
 def _smooth_filters(D: int, P: int, frequencies: int = 6) -> torch.Tensor:

@@ -11,7 +11,9 @@ import torch
 from tqdm import tqdm
 
 import mmkernels
+from mmkernels import models
 from mmkernels.models import MMLLM
+from mmkernels.models.tokenizer import place
 from mmkernels.train import digits, questions
 from mmkernels.train.questions import Question
 
@@ -76,8 +78,10 @@ def answer(
     model: MMLLM, pixel_values: torch.Tensor, prompts: Sequence[str], *, blind: bool = False
 ) -> list[str]:
     """Answers in fp32; ``blind`` puts zeros in place of the image features."""
-    features = model.project(model.encode(pixel_values))
-    return model.answer(prompts, torch.zeros_like(features) if blind else features)
+    features = model.project("image", model.encode("image", list(pixel_values)))
+    if blind:
+        features = features._replace(tokens=torch.zeros_like(features.tokens))
+    return models.answer(model, [place(p, "image") for p in prompts], {"image": features})
 
 
 def majority(exam: Exam, seed: int = 7, samples: int = 20000) -> float:

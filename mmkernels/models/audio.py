@@ -61,10 +61,12 @@ class AudioEncoder(nn.Module):
             raise ValueError(
                 f"audio: a recording must be [n], n ≥ {least} samples, got {list(waveform.shape)}"
             )
-        spectrogram = log_mel(waveform.float(), self.filters, c)
+        weight = self.patch_embed.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)  # no spectrum in 16 bits
+        spectrogram = log_mel(waveform.to(exact), self.filters.to(exact), c).to(weight.dtype)
         rows = (c.mel_bins - c.patch_size) // c.stride + 1
         columns = (len(spectrogram) - c.patch_size) // c.stride + 1
-        position = 0.3 * patch_positions(rows, self.width, columns).to(self.filters)
+        position = 0.3 * patch_positions(rows, self.width, columns).to(weight)
         tokens = self.patch_embed(spectrogram[None], position)[0]
         return Features(tokens, ((1, rows, columns),))
 

@@ -40,8 +40,13 @@ def place(prompt: str, modality: str) -> str:
 
 
 def encode_prompt(prompt: str) -> torch.Tensor:
-    """``<bos> prompt \\n`` as ids ``[L]``, one id for each placeholder."""
+    """``<bos> prompt \\n`` as ids ``[L]``, one id for each placeholder.
+
+    A space sets two media of a kind apart: M-RoPE's positions go by runs of tokens of a kind.
+    """
     ids = [BOS]
     for i, part in enumerate(_PLACEHOLDER.split(prompt)):
+        if i % 2 and ids[-1] == MODALITIES[part]:
+            ids += encode(" ")
         ids += [MODALITIES[part]] if i % 2 else encode(part)
     return torch.tensor([*ids, *encode("\n")])

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serving on one machine: many requests in flight over one pool of pages. A reference for the ops, without HTTP."""
+
+from mmkernels.serve.engine import Counters, Engine
+from mmkernels.serve.request import Request, RequestError
+
+__all__ = ["Counters", "Engine", "Request", "RequestError"]

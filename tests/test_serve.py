@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: answers are those of one request at a time, whoever else is in flight, and every page comes back."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import tiny_config
+
+from mmkernels.models import MMLLM, AudioConfig, answer, tokenizer
+from mmkernels.models.config import FramePlaceConfig, LinearConfig, QFormerConfig
+from mmkernels.serve import Engine, Request, RequestError
+from mmkernels.serve.request import Medium
+
+
+@pytest.fixture(scope="module", params=["rope", "mrope"])
+def model(request: pytest.FixtureRequest) -> MMLLM:
+    torch.manual_seed(0)
+    tiny = tiny_config(32, queries=5, qformer_layers=1, decoder_layers=2)
+    read = QFormerConfig(num_query_tokens=3, hidden_size=32, num_layers=1, intermediate_size=32)
+    audio = AudioConfig(hidden_size=32, num_layers=1, intermediate_size=32)
+    section = (2, 1, 1) if request.param == "mrope" else ()
+    config = replace(
+        tiny,
+        encoders={**tiny.encoders, "video": "image", "audio": audio},
+        projectors={
+            **tiny.projectors,
+            "video": (FramePlaceConfig(4), replace(read, per="frame"), LinearConfig(32)),
+            "audio": (read, LinearConfig(32)),
+        },
+        decoder=replace(tiny.decoder, mrope_section=section),
+    )
+    return MMLLM(config).double()
+
+
+def _medium(kind: str, seed: int) -> Medium:
+    g = torch.Generator().manual_seed(seed)
+    if kind == "audio":
+        return kind, torch.rand(2000 + 100 * seed, generator=g) - 0.5
+    shape = (3, 112, 112) if kind == "image" else (2, 3, 112, 112)
+    return kind, torch.randint(0, 256, shape, dtype=torch.uint8, generator=g)
+
+
+def _ask(rng: random.Random) -> tuple[str, list[Medium], int]:
+    kinds = rng.choice(
+        ([], ["image"], ["image"], ["image", "image"], ["video"], ["audio"], ["image", "audio"])
+    )
+    media = [_medium(kind, rng.randrange(3)) for kind in kinds]
+    words = "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(1, 30)))
+    return "".join(f"<{k}>" for k in kinds) + f"q{words}", media, rng.randint(1, 9)
+
+
+def _alone(model: MMLLM, prompt: str, media: list[Medium], new: int) -> str:
+    features = {}
+    for kind in dict.fromkeys(k for k, _ in media):
+        items = [t for k, t in media if k == kind]
+        features[kind] = model.project(kind, model.encode(kind, items))
+    return answer(model, [prompt], features, new)[0]
+
+
+def test_answers_in_flight_are_those_alone(model: MMLLM) -> None:
+    rng = random.Random(0)
+    engine = Engine(model, num_pages=70, page_size=4, max_running=7, chunk=23)
+    asked, requests = [_ask(rng) for _ in range(60)], []
+    cancelled: set[int] = set()
+    for ask in asked:
+        requests.append(engine.submit(*ask))
+        for _ in range(rng.randrange(3)):
+            engine.step()
+        if rng.random() < 0.1:
+            i = rng.randrange(len(requests))
+            cancelled |= {i} if requests[i].finished is None else set()
+            engine.cancel(requests[i])
+    engine.run()
+    for i, (request, ask) in enumerate(zip(requests, asked, strict=True)):
+        expected = _alone(model, *ask)
+        if i in cancelled:
+            assert request.finished == "cancelled"
+        else:
+            assert request.finished in ("end", "length") and request.error is None
+            assert tokenizer.decode(request.tokens) == expected, ask[0]
+    counters = engine.counters
+    assert cancelled and counters.cancelled == len(cancelled)
+    assert counters.finished == 60 - len(cancelled) and counters.failed == 0
+    assert counters.prefix_hits > 5 and counters.prefixes_evicted > 0
+    engine.drop_prefixes()
+    assert engine.pages_in_use == 0 and len(engine.cache) == 0
+
+
+def test_an_image_is_computed_once_for_all_questions_about_it(
+    model: MMLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    real = MMLLM.encode
+    monkeypatch.setattr(
+        MMLLM, "encode", lambda self, m, items: encoded.append(m) or real(self, m, items)
+    )
+    engine = Engine(model, page_size=4)
+    media = [_medium("image", 1)]
+    requests = [engine.submit(f"<image>question {i}", media, 4) for i in range(16)]
+    engine.run()
+    assert encoded == ["image"] and engine.counters.prefix_hits == 15
+    assert all(r.finished for r in requests)
+
+
+def test_other_media_never_share(model: MMLLM) -> None:
+    engine = Engine(model, page_size=4)
+    pixels = _medium("image", 1)[1]
+    other = pixels.clone()
+    other[0, 0, 0] ^= 1
+    for media in ([("image", pixels)], [("image", other)], [("video", pixels[None])]):
+        engine.submit("what?", media, 2)
+        engine.run()
+    engine.submit("<image>what?", [("image", pixels)], 2)
+    engine.submit("before <image>what?", [("image", pixels)], 2)
+    engine.run()
+    assert engine.counters.prefix_hits == 1
+
+
+def test_streaming_gives_the_text_in_pieces(model: MMLLM) -> None:
+    engine = Engine(model)
+    other = engine.submit("another", (), 5)
+    request = engine.submit("hello", (), 12)
+    pieces = list(engine.stream(request))
+    assert "".join(pieces) == request.text and request.finished and other.finished
+
+
+BAD = {
+    "prompt: must be text": (" ", (), 3),
+    r"prompt: must be text, got 7": (7, (), 3),
+    "max_new_tokens: must be at least 1, got 0": ("x", (), 0),
+    r"media: the prompt names \['image'\], got \[\]": ("<image>x", (), 3),
+    r"media: the prompt names \['image'\], got \['audio'\]": ("<image>", [_medium("audio", 1)], 3),
+    r"media\[0\]: modality must be one of .*'smell'": ("x", [("smell", torch.zeros(3))], 3),
+    r"media\[0\]: image must be uint8 \[3, H, W\], got torch.float32": ("x", [("image", torch.zeros(3, 4, 4))], 3),
+    r"media\[0\]: image must be uint8 \[3, H, W\], got torch.uint8 \[4, 4, 4\]":
+        ("x", [("image", torch.zeros(4, 4, 4, dtype=torch.uint8))], 3),
+    r"media\[0\]: audio must be finite": ("x", [("audio", torch.full((4000,), torch.nan))], 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", BAD)
+def test_malformed_requests_are_refused_by_name(model: MMLLM, problem: str) -> None:
+    engine = Engine(model)
+    with pytest.raises(RequestError, match=problem):
+        engine.submit(*BAD[problem])
+    assert engine.step() == []
+
+
+def test_requests_that_cannot_be_computed_fail_alone(model: MMLLM) -> None:
+    engine = Engine(model, num_pages=12, page_size=4)
+    small = torch.zeros(3, 28, 28, dtype=torch.uint8)
+    good: list[Request] = [engine.submit("fine", (), 3)]
+    bad = {
+        "images must be 8×8 patches, got 2×2": engine.submit("x", [("image", small)], 3),
+        "a recording must be": engine.submit("x", [("audio", torch.zeros(5))], 3),
+        "need 318 positions, the model has 256": engine.submit("y" * 300, (), 16),
+        "pages, the pool has 12": engine.submit("y" * 100, (), 16),
+    }
+    good.append(engine.submit("also fine", (), 3))
+    engine.run()
+    for problem, request in bad.items():
+        assert request.finished == "error" and problem in (request.error or "")
+    assert all(r.finished in ("end", "length") for r in good)
+    assert engine.counters.failed == 4 and engine.pages_in_use == 0

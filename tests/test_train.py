@@ -244,7 +244,7 @@ def test_missing_files_are_named(saved: Path, gone: str) -> None:
 def _resealed(saved: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A consistent checkpoint with other tensors, as another version of the model would write."""
     model = MMLLM(TINY)
-    model.state_dict = lambda: tensors  # type: ignore[method-assign, assignment, misc]
+    model.state_dict = lambda keep_vars=False: tensors  # type: ignore[method-assign, assignment, misc]
     checkpoint.save(saved, model, ())
 
 

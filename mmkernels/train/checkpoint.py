@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: safetensors and a JSON manifest with SHA-256, complete or not there at all.
 
-``DIR/model-<hash>.safetensors`` is named by its content; ``DIR/manifest.json`` is replaced last and in one
-step, so at every moment the directory holds the old checkpoint or the new one.
+``DIR/model-<hash>.safetensors``, and ``DIR/training-<hash>.safetensors`` of a training that will go on, are named by
+their content; ``DIR/manifest.json`` is replaced last and in one step, so at every moment the directory holds the old
+checkpoint or the new one.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from mmkernels.models import MMLLM, MMConfig
+from mmkernels.train.trainer import Training
 
 MANIFEST = "manifest.json"
 _LISTED = 3  # names shown in an error
@@ -31,31 +33,52 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model and the training stages it has been through."""
+    """A loaded model, the training stages it has been through and the state of one under way."""
 
     model: MMLLM
     stages: tuple[str, ...]
+    training: Training | None = None
 
 
-def save(directory: Path, model: MMLLM, stages: tuple[str, ...]) -> None:
+def save(
+    directory: Path, model: MMLLM, stages: tuple[str, ...], training: Training | None = None
+) -> None:
     """Writes the checkpoint; an interrupted call leaves what was there before."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    weights = save_tensors(tensors)
-    digest = hashlib.sha256(weights).hexdigest()
-    name = f"model-{digest[:12]}.safetensors"
+    files = {"model": _own_tensors(model)} | ({"training": training.tensors} if training else {})
     manifest: dict[str, Any] = {
-        "format": 1,
+        "format": 2,
         "stages": list(stages),
         "config": json.loads(model.config.to_json()),
-        "files": {name: {"sha256": digest, "bytes": len(weights)}},
+        "files": {role: _write(directory, role, tensors) for role, tensors in files.items()},
+        "training": training.state if training else None,
     }
     manifest["sha256"] = _seal(manifest)
-    write_file(directory / name, weights)
     write_file(directory / MANIFEST, json.dumps(manifest, indent=2).encode())
-    for old in directory.glob("model-*.safetensors"):
-        if old.name != name:
+    kept = {facts["name"] for facts in manifest["files"].values()}
+    for old in directory.glob("*-*.safetensors"):
+        if old.name not in kept:
             old.unlink()
+
+
+def _write(directory: Path, role: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    content = save_tensors({name: t.detach().contiguous() for name, t in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"{role}-{digest[:12]}.safetensors"
+    if not (directory / name).exists():
+        write_file(directory / name, content)
+    return {"name": name, "sha256": digest, "bytes": len(content)}
+
+
+def _own_tensors(model: MMLLM) -> dict[str, torch.Tensor]:
+    """The state_dict without second names of the same tensor (a tied output weight)."""
+    known: set[int] = set()
+    own = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in known:
+            known.add(id(tensor))
+            own[name] = tensor
+    return own
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -85,24 +108,32 @@ def load(directory: Path) -> Checkpoint:
         CheckpointError: Missing, truncated or altered file; missing, extra or wrong-shape tensors.
     """
     manifest = _read_manifest(directory / MANIFEST)
-    ((name, facts),) = manifest["files"].items()
-    path = directory / name
-    weights = _read(path)
-    if len(weights) != facts["bytes"]:
+    path = directory / manifest["files"]["model"]["name"]
+    try:
+        config = MMConfig.from_json(json.dumps(manifest["config"]))
+    except ValueError as error:
+        raise CheckpointError(f"{directory / MANIFEST}: {error}") from None
+    read = {role: _read_tensors(directory, facts) for role, facts in manifest["files"].items()}
+    model = MMLLM(config)
+    check_tensors(path, read["model"], _own_tensors(model))
+    model.load_state_dict(read["model"], strict=False)
+    training = Training(read["training"], manifest["training"]) if "training" in read else None
+    return Checkpoint(model, tuple(manifest["stages"]), training)
+
+
+def _read_tensors(directory: Path, facts: dict[str, Any]) -> dict[str, torch.Tensor]:
+    path = directory / facts["name"]
+    content = _read(path)
+    if len(content) != facts["bytes"]:
         raise CheckpointError(
-            f"{path}: truncated or padded: {len(weights)} bytes, expected {facts['bytes']}"
+            f"{path}: truncated or padded: {len(content)} bytes, expected {facts['bytes']}"
         )
-    if hashlib.sha256(weights).hexdigest() != facts["sha256"]:
+    if hashlib.sha256(content).hexdigest() != facts["sha256"]:
         raise CheckpointError(f"{path}: altered: its SHA-256 is not the manifest's")
     try:
-        tensors = load_tensors(weights)
-        config = MMConfig.from_json(json.dumps(manifest["config"]))
-    except (SafetensorError, ValueError) as error:
+        return load_tensors(content)
+    except SafetensorError as error:
         raise CheckpointError(f"{path}: {str(error).splitlines()[0]}") from None
-    model = MMLLM(config)
-    check_tensors(path, tensors, model.state_dict())
-    model.load_state_dict(tensors)
-    return Checkpoint(model, tuple(manifest["stages"]))
 
 
 def check_tensors(
@@ -145,8 +176,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a checkpoint manifest, or truncated") from None
     if seal != _seal(manifest):
         raise CheckpointError(f"{path}: altered: its SHA-256 does not match its content")
-    if manifest.get("format") != 1:
-        raise CheckpointError(f"{path}: format must be 1, got {manifest.get('format')!r}")
+    if manifest.get("format") != 2:
+        raise CheckpointError(f"{path}: format must be 2, got {manifest.get('format')!r}")
     return manifest
 
 

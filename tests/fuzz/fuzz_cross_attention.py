@@ -76,6 +76,10 @@ def spoil(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> tuple[str, Inp
     raise AssertionError("some always apply")
 
 
+def _a_row_too_many(n: int, X: int, context: torch.Tensor) -> torch.Tensor:
+    return context.new_zeros(n + 1, X)
+
+
 def _grown(name: str, dim: int) -> Callable[[random.Random, Inputs], Inputs | None]:
     """``name`` with one more along a dimension."""
 
@@ -114,7 +118,7 @@ SPOILED: dict[str, Callable[[random.Random, Inputs], Inputs | None]] = {
     "norm_kind": lambda r, i: {"context_norm": Norm("group")},
     "dropout": lambda r, i: {"dropout_p": r.choice((-0.1, 1.0, 2.0, float("nan")))},
     "algorithm": lambda r, i: {"algorithm": "fast"},
-    "position": lambda r, i: {"key_position": i["context"].new_zeros(i["context"].shape[-2] + 1, i["context"].shape[-1])},
+    "position": lambda r, i: {"key_position": _a_row_too_many(*i["context"].shape[-2:], i["context"])},
     "offsets_first": _offsets(lambda t: t + 1),
     "offsets_last": _offsets(lambda t: torch.cat([t[:-1], t[-1:] + 1])),
     "offsets_float": _offsets(lambda t: t.float()),

@@ -120,7 +120,7 @@ def picture_loss(
         rows: list[Row] = []
         for i in chosen:
             prompt, answer = sample(pool.scenes[i], rng)
-            rows.append((encode_prompt(place(prompt, "image")), [*encode(answer), EOS]))
+            rows.append(row_of(place(prompt, "image"), answer))
         return answer_loss(model, rows, {"image": features})
 
     return loss_at
@@ -130,7 +130,7 @@ def _text_sample(rng: random.Random) -> Row:
     scene = questions.random_scene(rng)
     sample = _question_sample if rng.random() < 0.75 else _caption_sample
     prompt, answer = sample(scene, rng)
-    return encode_prompt(f"{questions.sketch(scene)}{prompt}"), [*encode(answer), EOS]
+    return row_of(f"{questions.sketch(scene)}{prompt}", answer)
 
 
 def _caption_sample(scene: questions.Scene, rng: random.Random) -> tuple[str, str]:
@@ -140,6 +140,11 @@ def _caption_sample(scene: questions.Scene, rng: random.Random) -> tuple[str, st
 def _question_sample(scene: questions.Scene, rng: random.Random) -> tuple[str, str]:
     question = questions.ask(scene, rng)
     return question.text, question.answer
+
+
+def row_of(prompt: str, answer: str) -> Row:
+    """What is given and what is to be said."""
+    return encode_prompt(prompt), [*encode(answer), EOS]
 
 
 def answer_loss(model: MMLLM, rows: Sequence[Row], features: dict[str, Features]) -> torch.Tensor:

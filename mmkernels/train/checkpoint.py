@@ -56,7 +56,11 @@ def save(
     manifest["sha256"] = _seal(manifest)
     write_file(directory / MANIFEST, json.dumps(manifest, indent=2).encode())
     kept = {facts["name"] for facts in manifest["files"].values()}
-    for old in directory.glob("*-*.safetensors"):
+    left_behind = (*directory.glob("*-*.safetensors"), *directory.glob(".*.safetensors.*"))
+    for old in (
+        *left_behind,
+        *directory.glob(f".{MANIFEST}.*"),
+    ):  # also of a writer that was killed
         if old.name not in kept:
             old.unlink()
 

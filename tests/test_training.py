@@ -48,7 +48,7 @@ def trainer_of(model: MMLLM, steps: int = 12, accumulate: int = 2) -> Trainer[An
         features = {
             "image": model.project("image", model.encode("image", [p for p, _, _ in batch]))
         }
-        rows = [stages.row_of(f"<image>{text}", answer) for _, text, answer in batch]
+        rows = [stages.row_of(model, f"<image>{text}", answer) for _, text, answer in batch]
         noise = 1 + 0.01 * torch.randn(()) * random.random()  # global states count too
         return stages.answer_loss(model, rows, features) * noise
 

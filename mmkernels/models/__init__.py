@@ -5,6 +5,7 @@ from mmkernels.models.config import AudioConfig, DecoderConfig, MMConfig, Vision
 from mmkernels.models.features import Features
 from mmkernels.models.generate import answer, generate
 from mmkernels.models.mmllm import MMLLM
+from mmkernels.models.parts import from_parts
 
 __all__ = [
     "MMLLM",
@@ -14,5 +15,6 @@ __all__ = [
     "MMConfig",
     "VisionConfig",
     "answer",
+    "from_parts",
     "generate",
 ]

@@ -48,6 +48,16 @@ class AudioConfig:
 
 
 @dataclass(frozen=True)
+class TransformersVisionConfig:
+    """A vision tower of transformers, ``config`` its JSON; features are the hidden states of ``layer``."""
+
+    config: str
+    layer: int = -2
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
 class PlaceConfig:
     """Adds learned positions of a ``side × side`` grid (they start as sines) to every frame, prefix tokens excepted."""
 
@@ -189,7 +199,7 @@ class DecoderConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
-Encoder = VisionConfig | AudioConfig
+Encoder = VisionConfig | AudioConfig | TransformersVisionConfig
 Block = (
     PlaceConfig | FramePlaceConfig | DropPrefixConfig | NormConfig | LinearConfig | SwiGLUConfig | MergeConfig
     | PoolConfig | SpreadConfig | QFormerConfig | PerceiverConfig | ResamplerConfig
@@ -210,6 +220,7 @@ class MMConfig:
     encoders: dict[str, Encoder | str] = field(default_factory=lambda: {"image": VisionConfig()})
     projectors: dict[str, tuple[Block, ...]] = field(default_factory=_image_projector)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    tokenizer: str = ""  # a folder of transformers' tokenizer; empty: bytes
 
     def to_json(self) -> str:
         """Indented JSON, every field written out."""
@@ -252,7 +263,9 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return tuple(_read(arguments[0], v, f"{where}[{i}]") for i, v in items)
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or (kind in (int, float) and value < 0):
+    if type(value) is not kind or (
+        kind in (int, float) and value < 0 and not where.endswith(".layer")
+    ):
         expected = "a number of at least 0" if kind in (int, float) else f"a {kind.__name__}"
         raise ValueError(f"{where} must be {expected}, got {value!r}")
     return value

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 
 from mmkernels.cache import PagedKVCache, PagePool
-from mmkernels.models import tokenizer
 from mmkernels.models.attention import Paged
 from mmkernels.models.features import Features
 from mmkernels.models.gated import Media
@@ -47,14 +46,14 @@ def generate(
     for step in range(max_new_tokens):
         for i, token in zip(alive, tokens, strict=True):
             answers[i].append(token)
-        alive = [i for i in alive if answers[i][-1] != tokenizer.EOS]
+        alive = [i for i in alive if answers[i][-1] != model.tokenizer.eos]
         if not alive or step + 1 == max_new_tokens:
             break
         tokens = _step(
             model, cache, [sequences[i] for i in alive], [answers[i][-1] for i in alive],
             media and media._replace(visible=media.visible[last[alive]]),
         )  # fmt: skip
-    return [a[:-1] if a and a[-1] == tokenizer.EOS else a for a in answers]
+    return [model.tokenizer.until_end(a) for a in answers]
 
 
 def _step(
@@ -95,5 +94,6 @@ def answer(
     model: MMLLM, prompts: Sequence[str], features: dict[str, Features], max_new_tokens: int = 48
 ) -> list[str]:
     """Greedy answers, one a prompt, generated as one batch."""
-    ids = [tokenizer.encode_prompt(p) for p in prompts]
-    return [tokenizer.decode(row) for row in generate(model, ids, features, max_new_tokens)]
+    ids = [model.tokenizer.encode_prompt(p) for p in prompts]
+    found = generate(model, ids, features, max_new_tokens)
+    return [model.tokenizer.decode(row) for row in found]

@@ -13,22 +13,27 @@ Dimensions: T rows in all, E decoder width, X encoder width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 import mmkernels
-from mmkernels.models import tokenizer
 from mmkernels.models.attention import Packed
 from mmkernels.models.audio import AudioEncoder
-from mmkernels.models.config import AudioConfig, MMConfig, VisionConfig
+from mmkernels.models.config import AudioConfig, MMConfig, TransformersVisionConfig, VisionConfig
 from mmkernels.models.decoder import Attend, Decoder
 from mmkernels.models.features import Features
 from mmkernels.models.gated import Media, last_medium
 from mmkernels.models.projector import Projector
+from mmkernels.models.tokenizer import ByteTokenizer, FolderTokenizer
+from mmkernels.models.transformers_vision import TransformersVision
 from mmkernels.models.vision import VisionEncoder
 
-ENCODERS = {VisionConfig: VisionEncoder, AudioConfig: AudioEncoder}
+AnyEncoder = VisionEncoder | AudioEncoder | TransformersVision
+ENCODERS: dict[type[Any], Any] = {
+    VisionConfig: VisionEncoder, AudioConfig: AudioEncoder, TransformersVisionConfig: TransformersVision,
+}  # fmt: skip
 
 
 class MMLLM(nn.Module):
@@ -40,6 +45,8 @@ class MMLLM(nn.Module):
     def __init__(self, config: MMConfig | None = None) -> None:
         super().__init__()
         self.config = config or MMConfig()
+        folder = self.config.tokenizer
+        self.tokenizer = FolderTokenizer(folder) if folder else ByteTokenizer()
         self.encoders, self.projectors = nn.ModuleDict(), nn.ModuleDict()
         for modality, encoder in self.config.encoders.items():
             if not isinstance(encoder, str):
@@ -49,19 +56,21 @@ class MMLLM(nn.Module):
         self.language_model = Decoder(self.config.decoder)
         _check_widths(self)
 
-    def encoder(self, modality: str) -> VisionEncoder | AudioEncoder:
+    def encoder(self, modality: str) -> AnyEncoder:
         """The encoder of a modality, which may be another's."""
         shared = self.config.encoders[modality]
         found = self.encoders[shared if isinstance(shared, str) else modality]
-        assert isinstance(found, VisionEncoder | AudioEncoder)
+        assert isinstance(found, AnyEncoder)
         return found
 
     @property
     def image_size(self) -> int:
         """Side of an image that every position of the encoder's table fits, in pixels."""
-        config = self.config.encoders["image"]
-        assert isinstance(config, VisionConfig)
-        return config.image_size
+        encoder = self.encoder("image")
+        if isinstance(encoder, TransformersVision):
+            return int(encoder.model.config.image_size)
+        assert isinstance(encoder, VisionEncoder)
+        return encoder.config.image_size
 
     def encode(self, modality: str, items: Sequence[torch.Tensor]) -> Features:
         """uint8 images and clips or waveforms → features ``[n, X]``; constant while the encoder is frozen."""
@@ -85,11 +94,11 @@ class MMLLM(nn.Module):
         Raises:
             ValueError: Placeholders and media do not match in number.
         """
-        _check_media(input_ids, features)
+        _check_media(self.tokenizer.modalities, input_ids, features)
         if self.config.decoder.gated_layers:  # features lie beside: a placeholder is a word
             return mmkernels.plan_pack(input_ids, labels=labels)
         return mmkernels.plan_pack(
-            input_ids, labels=labels, feature_token_ids=[tokenizer.MODALITIES[m] for m in features],
+            input_ids, labels=labels, feature_token_ids=[self.tokenizer.modalities[m] for m in features],
             feature_counts=[f.counts for f in features.values()],
         )  # fmt: skip
 
@@ -127,11 +136,17 @@ class MMLLM(nn.Module):
             for m in ("image", "video")
         }
         position_ids, _ = mmkernels.mrope_positions(
-            plan.input_ids[None], _media_types(plan.input_ids), family="qwen2_vl", cu_seqlens=plan.cu_seqlens,
+            plan.input_ids[None], self._media_types(plan.input_ids), family="qwen2_vl", cu_seqlens=plan.cu_seqlens,
             image_grid_thw=grids["image"], video_grid_thw=grids["video"], spatial_merge_size=1,
-            image_token_id=tokenizer.MODALITIES["image"], video_token_id=tokenizer.MODALITIES["video"],
+            image_token_id=self.tokenizer.modalities["image"],
+            video_token_id=self.tokenizer.modalities["video"],
         )  # fmt: skip
         return position_ids[-3:, 0]
+
+    def _media_types(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """``[1, T]``: 1 image, 2 video, 0 anything else."""
+        image, video = (input_ids == self.tokenizer.modalities[m] for m in ("image", "video"))
+        return (image.long() + 2 * video.long())[None]
 
     def beside(self, plan: mmkernels.PackPlan, features: dict[str, Features]) -> Media | None:
         """What gated layers read: a token sees the last medium before it."""
@@ -145,7 +160,7 @@ class MMLLM(nn.Module):
             torch.tensor(found.counts, dtype=torch.int64),
         )
         sample = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        begins = plan.input_ids == tokenizer.MODALITIES[modality]
+        begins = plan.input_ids == self.tokenizer.modalities[modality]
         so_far = begins.long().cumsum(0)
         before = (
             so_far - torch.cat((so_far.new_zeros(1), so_far))[plan.cu_seqlens[:-1].long()][sample]
@@ -155,14 +170,10 @@ class MMLLM(nn.Module):
         return Media(found.tokens, last_medium(sample, before, *rows))
 
 
-def _media_types(input_ids: torch.Tensor) -> torch.Tensor:
-    """``[1, T]``: 1 image, 2 video, 0 anything else."""
-    image, video = (input_ids == tokenizer.MODALITIES[m] for m in ("image", "video"))
-    return (image.long() + 2 * video.long())[None]
-
-
-def _check_media(input_ids: Sequence[torch.Tensor], features: dict[str, Features]) -> None:
-    for modality, token in tokenizer.MODALITIES.items():
+def _check_media(
+    known: dict[str, int], input_ids: Sequence[torch.Tensor], features: dict[str, Features]
+) -> None:
+    for modality, token in known.items():
         named = [int((ids == token).sum()) for ids in input_ids]
         given = len(features[modality].grids) if modality in features else 0
         if sum(named) != given:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Byte tokenizer: every text has ids; a placeholder in a prompt is one id, whatever its medium becomes."""
+"""Text and ids: bytes, or a tokenizer of transformers; a placeholder is one id, whatever its medium becomes."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -11,22 +11,6 @@ MODALITIES = {"image": 259, "video": 260, "audio": 261}
 SIGNALS = (262, 263, 264, 265)  # [IMG0] … [IMG3]: their hidden states are drawn
 VOCAB_SIZE = 266
 _PLACEHOLDER = re.compile("<(" + "|".join(MODALITIES) + ")>")
-
-
-def encode(text: str) -> list[int]:
-    """UTF-8 bytes as ids 0…255."""
-    return list(text.encode())
-
-
-def decode(ids: Iterable[int]) -> str:
-    """Text up to the first end token; other special ids are dropped."""
-    kept: list[int] = []
-    for token in ids:
-        if token == EOS:
-            break
-        if token < PAD:
-            kept.append(token)
-    return bytes(kept).decode(errors="replace")
 
 
 def placeholders(prompt: str) -> list[str]:
@@ -39,14 +23,60 @@ def place(prompt: str, modality: str) -> str:
     return prompt if placeholders(prompt) else f"<{modality}>{prompt}"
 
 
-def encode_prompt(prompt: str) -> torch.Tensor:
-    """``<bos> prompt \\n`` as ids ``[L]``, one id for each placeholder.
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0…255: every text has ids."""
 
-    A space sets two media of a kind apart: M-RoPE's positions go by runs of tokens of a kind.
-    """
-    ids = [BOS]
-    for i, part in enumerate(_PLACEHOLDER.split(prompt)):
-        if i % 2 and ids[-1] == MODALITIES[part]:
-            ids += encode(" ")
-        ids += [MODALITIES[part]] if i % 2 else encode(part)
-    return torch.tensor([*ids, *encode("\n")])
+    def __init__(self) -> None:
+        self.bos, self.eos = BOS, EOS
+        self.modalities = MODALITIES
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, nothing added."""
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text; special ids are dropped."""
+        return bytes(i for i in ids if i < PAD).decode(errors="replace")
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor:
+        """``<bos> prompt \\n`` as ids ``[L]``, one id for each placeholder.
+
+        A space sets two media of a kind apart: M-RoPE's positions go by runs of tokens of a kind.
+        """
+        ids = [self.bos]
+        for i, part in enumerate(_PLACEHOLDER.split(prompt)):
+            if i % 2 and ids[-1] == self.modalities[part]:
+                ids += self.encode(" ")
+            ids += [self.modalities[part]] if i % 2 else self.encode(part)
+        return torch.tensor([*ids, *self.encode("\n")])
+
+    def until_end(self, ids: Iterable[int]) -> list[int]:
+        """Ids before the first end token."""
+        kept: list[int] = []
+        for token in ids:
+            if token == self.eos:
+                break
+            kept.append(token)
+        return kept
+
+
+class FolderTokenizer(ByteTokenizer):
+    """A tokenizer saved by transformers; placeholders take ids behind its own, which no embedding is looked up for."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoTokenizer
+
+        self.inner = AutoTokenizer.from_pretrained(folder)
+        self.eos = self.inner.eos_token_id
+        self.bos = self.eos if self.inner.bos_token_id is None else self.inner.bos_token_id
+        if self.eos is None:
+            raise ValueError(f"{folder}: the tokenizer has no eos token")
+        behind = max(len(self.inner), max(self.inner.get_vocab().values()) + 1)
+        self.modalities = {m: behind + i for i, m in enumerate(MODALITIES)}
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.inner.encode(text, add_special_tokens=False)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.inner.decode(list(ids), skip_special_tokens=True))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from mmkernels.cache import PagedKVCache
-from mmkernels.models import MMLLM, tokenizer
+from mmkernels.models import MMLLM
 from mmkernels.models.attention import Paged
 from mmkernels.models.features import Features, join
 from mmkernels.models.generate import PAGE_SIZE, new_pool
@@ -88,7 +88,7 @@ class Engine:
         Raises:
             RequestError: Names the field; nothing is queued.
         """
-        request = checked(prompt, media, max_new_tokens)
+        request = checked(self.model.tokenizer, prompt, media, max_new_tokens)
         request.key = key_of(request) if self.share else None
         self._waiting.append(request)
         return request
@@ -167,7 +167,7 @@ class Engine:
         weight = self.model.language_model.model.embed_tokens.weight
         kept = self._prefixes.get(request.key or "")
         if kept is not None:
-            text = text_behind(request.input_ids)
+            text = text_behind(request)
             at = kept.next_position + torch.arange(len(text))
             axes = (3,) if self.model.config.decoder.mrope_section else ()
             request.embeds, request.position_ids = weight[text], at.expand(*axes, -1)
@@ -300,14 +300,14 @@ class Engine:
     def _keep(self, request: Request) -> None:
         """The prompt without the text behind its last medium."""
         assert request.position_ids is not None and request.key is not None
-        rows = _rows_of(request) - len(text_behind(request.input_ids))
+        rows = _rows_of(request) - len(text_behind(request))
         sequence = self.cache.fork(request.sequence)
         self.cache.truncate(sequence, rows)
         following = int(request.position_ids[..., :rows].max()) + 1
         self._prefixes[request.key] = Kept(sequence, rows, following)
 
     def _say(self, request: Request, token: int) -> None:
-        if token == tokenizer.EOS:
+        if token == self.model.tokenizer.eos:
             self._end(request, "end")
             return
         request.push(token)
@@ -317,6 +317,7 @@ class Engine:
 
     def _end(self, request: Request, why: str) -> None:
         request.finished = why
+        request.text = self.model.tokenizer.decode(request.tokens)
         request.embeds = request.position_ids = None
         if request in self._running:
             self._running.remove(request)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One request: what is asked, and how far the answer is."""
 
-import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from mmkernels.cache import prefix_key
-from mmkernels.models import tokenizer
+from mmkernels.models.tokenizer import ByteTokenizer, placeholders
 
 Medium = tuple[str, torch.Tensor]
 
@@ -25,6 +24,7 @@ class Request:
     prompt: str
     media: tuple[Medium, ...]
     max_new_tokens: int
+    tokenizer: ByteTokenizer = field(repr=False)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finished: str | None = None
@@ -41,17 +41,17 @@ class Request:
     done: int = 0  # of them, computed
     sequence: int = -1
 
-    def __post_init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
     def push(self, token: int) -> None:
-        """One more token; bytes of an unfinished character wait for the rest."""
+        """One more token; the bytes of an unfinished character wait for the rest."""
         self.tokens.append(token)
-        if token < tokenizer.PAD:
-            self.text += self._decoder.decode(bytes([token]))
+        text = self.tokenizer.decode(self.tokens)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.text = text
 
 
-def checked(prompt: str, media: Sequence[Medium], max_new_tokens: int) -> Request:
+def checked(
+    tokenizer: ByteTokenizer, prompt: str, media: Sequence[Medium], max_new_tokens: int
+) -> Request:
     """A request with its media where the prompt places them, or in front.
 
     Raises:
@@ -64,27 +64,28 @@ def checked(prompt: str, media: Sequence[Medium], max_new_tokens: int) -> Reques
     for i, (modality, tensor) in enumerate(media):
         _check_medium(i, modality, tensor)
     given = [modality for modality, _ in media]
-    if not tokenizer.placeholders(prompt):
+    if not placeholders(prompt):
         prompt = "".join(f"<{m}>" for m in given) + prompt
-    named = tokenizer.placeholders(prompt)
+    named = placeholders(prompt)
     if named != given:
         raise RequestError(f"media: the prompt names {named}, got {given}")
-    request = Request(prompt, tuple(media), max_new_tokens)
+    request = Request(prompt, tuple(media), max_new_tokens, tokenizer)
     request.input_ids = tokenizer.encode_prompt(prompt)
     return request
 
 
-def text_behind(input_ids: torch.Tensor) -> torch.Tensor:
+def text_behind(request: Request) -> torch.Tensor:
     """The ids after the last medium."""
-    places = [i for i, t in enumerate(input_ids.tolist()) if t in tokenizer.MODALITIES.values()]
-    return input_ids[places[-1] + 1 :] if places else input_ids
+    ids, media = request.input_ids, set(request.tokenizer.modalities.values())
+    places = [i for i, t in enumerate(ids.tolist()) if t in media]
+    return ids[places[-1] + 1 :] if places else ids
 
 
 def key_of(request: Request) -> str | None:
     """A name for everything up to the last medium, equal only where every byte of it is."""
     if not request.media:
         return None
-    before = len(request.input_ids) - len(text_behind(request.input_ids))
+    before = len(request.input_ids) - len(text_behind(request))
     first, *others = (tensor for _, tensor in request.media)
     return prefix_key(first, [request.input_ids[:before].tolist(), *others])
 

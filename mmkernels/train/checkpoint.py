@@ -50,6 +50,7 @@ def save(
         "format": 2,
         "stages": list(stages),
         "config": json.loads(model.config.to_json()),
+        "dtype": str(model.language_model.lm_head.weight.dtype).removeprefix("torch."),
         "files": {role: _write(directory, role, tensors) for role, tensors in files.items()},
         "training": training.state if training else None,
     }
@@ -118,7 +119,7 @@ def load(directory: Path) -> Checkpoint:
     except ValueError as error:
         raise CheckpointError(f"{directory / MANIFEST}: {error}") from None
     read = {role: _read_tensors(directory, facts) for role, facts in manifest["files"].items()}
-    model = MMLLM(config)
+    model = MMLLM(config).to(getattr(torch, manifest["dtype"]))
     check_tensors(path, read["model"], _own_tensors(model))
     model.load_state_dict(read["model"], strict=False)
     training = Training(read["training"], manifest["training"]) if "training" in read else None

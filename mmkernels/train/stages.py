@@ -19,7 +19,7 @@ from torch import nn
 
 from mmkernels.models import MMLLM, Features, VisionConfig
 from mmkernels.models.features import join, select
-from mmkernels.models.tokenizer import EOS, encode, encode_prompt, place
+from mmkernels.models.tokenizer import place
 from mmkernels.train import digits, questions
 from mmkernels.train.trainer import fast_bf16, fit
 
@@ -68,7 +68,7 @@ def train_language(model: MMLLM, steps: int, batch: int = 32) -> list[float]:
     rng = random.Random(2)
 
     def loss_at(step: int) -> torch.Tensor:
-        rows = [_text_sample(rng) for _ in range(batch)]
+        rows = [_text_sample(model, rng) for _ in range(batch)]
         return answer_loss(model, rows, {})
 
     return fit("language", loss_at, (model.language_model,), steps=steps, lr=2e-3)
@@ -120,17 +120,17 @@ def picture_loss(
         rows: list[Row] = []
         for i in chosen:
             prompt, answer = sample(pool.scenes[i], rng)
-            rows.append(row_of(place(prompt, "image"), answer))
+            rows.append(row_of(model, place(prompt, "image"), answer))
         return answer_loss(model, rows, {"image": features})
 
     return loss_at
 
 
-def _text_sample(rng: random.Random) -> Row:
+def _text_sample(model: MMLLM, rng: random.Random) -> Row:
     scene = questions.random_scene(rng)
     sample = _question_sample if rng.random() < 0.75 else _caption_sample
     prompt, answer = sample(scene, rng)
-    return row_of(f"{questions.sketch(scene)}{prompt}", answer)
+    return row_of(model, f"{questions.sketch(scene)}{prompt}", answer)
 
 
 def _caption_sample(scene: questions.Scene, rng: random.Random) -> tuple[str, str]:
@@ -142,9 +142,10 @@ def _question_sample(scene: questions.Scene, rng: random.Random) -> tuple[str, s
     return question.text, question.answer
 
 
-def row_of(prompt: str, answer: str) -> Row:
+def row_of(model: MMLLM, prompt: str, answer: str) -> Row:
     """What is given and what is to be said."""
-    return encode_prompt(prompt), [*encode(answer), EOS]
+    t = model.tokenizer
+    return t.encode_prompt(prompt), [*t.encode(answer), t.eos]
 
 
 def answer_loss(model: MMLLM, rows: Sequence[Row], features: dict[str, Features]) -> torch.Tensor:

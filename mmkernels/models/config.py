@@ -175,7 +175,8 @@ class DecoderConfig:
     """Llama-style decoder; names are transformers'. ``head_dim`` 0: hidden_size / heads.
 
     ``mrope_section``: channels of half a head for each position axis, empty for 1-D RoPE. ``gated_layers``: layers that
-    read the features beside the text (Flamingo); empty: features lie in the text.
+    read the features beside the text (Flamingo); empty: features lie in the text. ``lora_rank`` > 0: adapters at the
+    layers named (``lora.py``).
     """
 
     vocab_size: int = 266
@@ -193,6 +194,8 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     mrope_section: tuple[int, ...] = ()
     gated_layers: tuple[int, ...] = ()
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
 
     @property
     def head_width(self) -> int:

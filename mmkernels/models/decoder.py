@@ -35,6 +35,8 @@ class Decoder(nn.Module):
                 nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        if config.lora_rank:
+            _adapt(self, config.lora_rank, config.lora_targets)
 
     def forward(
         self,
@@ -179,3 +181,18 @@ class SwiGLU(nn.Module):
             F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
         )
         return output
+
+
+def _adapt(decoder: nn.Module, rank: int, targets: tuple[str, ...]) -> None:
+    """Puts fresh low-rank adapters in, B = 0."""
+    try:
+        import peft
+    except ImportError:
+        raise ImportError("lora: peft is not installed; pip install mmkernels[train]") from None
+    layers = {name.rpartition(".")[2] for name, _ in decoder.named_modules()}
+    missing = sorted(set(targets) - layers)
+    if missing:
+        raise ValueError(f"lora: the decoder has no layers named {missing}")
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets)), decoder
+    )

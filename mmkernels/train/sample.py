@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One instruction: what is shown and asked, and what is to be said."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mmkernels.models import MMLLM, Features
+from mmkernels.train.stages import answer_loss, row_of
+
+
+@dataclass(frozen=True)
+class Sample:
+    """``prompt`` holds a placeholder for each medium, in order: image uint8 ``[3, H, W]``, video uint8
+    ``[T, 3, H, W]``, audio float ``[n]`` in -1…1. ``draw``: the digit to be drawn, if the answer is a picture."""
+
+    kind: str
+    prompt: str
+    answer: str
+    media: tuple[tuple[str, torch.Tensor], ...] = ()
+    draw: int | None = None
+
+
+def features_of(model: MMLLM, samples: Sequence[Sample]) -> dict[str, Features]:
+    """Projected features of every modality the model has, also of those nobody brought: under FSDP every rank takes
+    part in every layer."""
+    found = {}
+    for modality in model.projectors:
+        items = [tensor for s in samples for m, tensor in s.media if m == modality]
+        learns = any(p.requires_grad for p in model.encoder(modality).parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            seen = model.encode(modality, items)
+        found[modality] = model.project(modality, seen)
+    return found
+
+
+def batch_loss(model: MMLLM, samples: Sequence[Sample]) -> torch.Tensor:
+    """Cross-entropy of the answers, packed, each token of the batch alike."""
+    rows = [row_of(model, s.prompt, s.answer) for s in samples]
+    return answer_loss(model, rows, features_of(model, samples))

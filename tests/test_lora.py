@@ -11,7 +11,7 @@ from tiny_models import tiny_config
 from mmkernels.models import MMLLM, MMConfig
 from mmkernels.models.lora import merged, with_lora
 from mmkernels.train import checkpoint
-from mmkernels.train.sample import Sample, batch_loss
+from mmkernels.train.sample import AnswerLoss, Sample
 
 pytest.importorskip("peft")
 
@@ -22,6 +22,11 @@ def model(request: pytest.FixtureRequest) -> MMLLM:
     config = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=2)
     decoder = replace(config.decoder, tie_word_embeddings=request.param)
     return MMLLM(replace(config, decoder=decoder)).double()
+
+
+def batch_loss(model: MMLLM, samples: list[Sample]) -> torch.Tensor:
+    total, count = AnswerLoss(model)(samples)
+    return total / count
 
 
 def _samples() -> list[Sample]:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from mmkernels.models import MMLLM, Features
-from mmkernels.train.stages import answer_loss, row_of
+from mmkernels.train.stages import answer_total, row_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,14 @@ def features_of(model: MMLLM, samples: Sequence[Sample]) -> dict[str, Features]:
     return found
 
 
-def batch_loss(model: MMLLM, samples: Sequence[Sample]) -> torch.Tensor:
-    """Cross-entropy of the answers, packed, each token of the batch alike."""
-    rows = [row_of(model, s.prompt, s.answer) for s in samples]
-    return answer_loss(model, rows, features_of(model, samples))
+class AnswerLoss(nn.Module):
+    """Everything from samples to the loss in one forward, as FSDP wants it."""
+
+    def __init__(self, model: MMLLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, int]:
+        """Cross-entropy of the answers' tokens, summed, and their number; samples packed, each token alike."""
+        rows = [row_of(self.model, s.prompt, s.answer) for s in samples]
+        return answer_total(self.model, rows, features_of(self.model, samples))

@@ -149,7 +149,15 @@ def row_of(model: MMLLM, prompt: str, answer: str) -> Row:
 
 
 def answer_loss(model: MMLLM, rows: Sequence[Row], features: dict[str, Features]) -> torch.Tensor:
-    """Cross-entropy of the tokens to be said, given all before them; logits exist of those alone."""
+    """Cross-entropy of the tokens to be said, given all before them."""
+    total, count = answer_total(model, rows, features)
+    return total / max(1, count)
+
+
+def answer_total(
+    model: MMLLM, rows: Sequence[Row], features: dict[str, Features]
+) -> tuple[torch.Tensor, int]:
+    """Its sum over those tokens, and how many; logits exist of them alone."""
     answers = [torch.tensor(said) for _, said in rows]
     input_ids = [torch.cat((given, said)) for (given, _), said in zip(rows, answers, strict=True)]
     labels = [
@@ -160,4 +168,5 @@ def answer_loss(model: MMLLM, rows: Sequence[Row], features: dict[str, Features]
     assert plan.labels is not None
     said = (plan.labels != IGNORE).nonzero().squeeze(1)
     logits = model.logits(model(plan, features)[said - 1])
-    return F.cross_entropy(logits.float(), plan.labels[said])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, plan.labels[said], reduction="sum"), len(said)

@@ -5,14 +5,12 @@ import argparse
 import io
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 DEMO_DIR = Path("runs/demo")
-MAX_PIXELS = 64_000_000
 SAMPLES = 4
 EXAM_SIZE = 1200
 
@@ -53,10 +51,17 @@ def _parser() -> argparse.ArgumentParser:
                        help="multiplies the steps of every stage")  # fmt: skip
     train.set_defaults(handler=_train)
 
-    generate = commands.add_parser("generate", help="answer a question about a picture")
-    generate.add_argument("--image", type=Path, required=True, metavar="FILE")
-    generate.add_argument("--prompt", required=True, metavar="TEXT",
-                          help="<image> in it places the image; else the image comes first")  # fmt: skip
+    generate = commands.add_parser(
+        "generate", help="answer a question about media, or a file of them"
+    )
+    what = generate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", metavar="TEXT",
+                      help="<image> in it places the image; else media come first")  # fmt: skip
+    what.add_argument("--requests", type=Path, metavar="FILE",
+                      help="JSON lines of id, prompt, image, video, audio, max_new_tokens")  # fmt: skip
+    generate.add_argument("--image", type=Path, metavar="FILE", action="append", default=[])
+    generate.add_argument("--video", type=Path, metavar="FRAME", nargs="+", default=[])
+    generate.add_argument("--audio", type=Path, metavar="FILE")
     generate.add_argument("--checkpoint", type=Path, default=DEMO_DIR, metavar="DIR")
     generate.set_defaults(handler=_generate)
 
@@ -126,53 +131,30 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from mmkernels.train import checkpoint, evaluate
+    from mmkernels.serve import Engine, RequestError
+    from mmkernels.serve.files import media_of, serve_lines
+    from mmkernels.train import checkpoint
 
-    if not args.prompt.strip():
-        raise InputError("--prompt must not be empty")
     try:
         model = checkpoint.load(args.checkpoint).model
     except checkpoint.CheckpointError as error:
         raise InputError(f"--checkpoint {error}") from None
-    pixel_values = read_image(args.image, model.image_size)
+    engine = Engine(model)
+    if args.requests is not None:
+        with open(args.requests, encoding="utf-8") as lines:
+            serve_lines(model, lines, sys.stdout, engine)
+        return 0
+    media = {"image": args.image, "video": args.video, "audio": args.audio}
     try:
-        (text,) = evaluate.answer(model, pixel_values, [args.prompt])
-    except ValueError as error:
-        raise InputError(f"--prompt {args.prompt!r}: {error}") from None
-    print(text)
+        request = engine.submit(args.prompt, media_of(model, media))
+        for piece in engine.stream(request):
+            print(piece, end="", flush=True)
+    except RequestError as error:
+        raise InputError(f"--{error}") from None
+    if request.error:
+        raise InputError(f"--{request.error}")
+    print()
     return 0
-
-
-def read_image(path: Path, side: int) -> torch.Tensor:
-    """Any PNG or JPEG as ``[1, 3, side, side]`` uint8; the size is checked before pixels are decoded.
-
-    Raises:
-        InputError: Missing, unreadable, too large, truncated or corrupt; names the file.
-    """
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings(), Image.open(path, formats=("PNG", "JPEG")) as image:
-            warnings.simplefilter("ignore")
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise InputError(
-                    f"--image {path}: {width}×{height} pixels, at most {MAX_PIXELS} are read"
-                )
-            image.load()
-            pixels = np.asarray(
-                image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-            )
-    except UnidentifiedImageError:
-        raise InputError(f"--image {path}: not a PNG or JPEG, or its header is corrupt") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"--image {path}: {error}") from None
-    except OSError as error:
-        raise InputError(f"--image {path}: {error.strerror or error}") from None
-    except (SyntaxError, ValueError) as error:  # Pillow's words for a broken PNG
-        raise InputError(f"--image {path}: corrupt: {error}") from None
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
 
 
 def _png(pixels: torch.Tensor) -> bytes:

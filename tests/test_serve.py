@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: answers are those of one request at a time, whoever else is in flight, and every page comes back."""
 
+import io
+import json
 import random
+import re
+import wave
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from tiny_models import tiny_config
 from mmkernels.models import MMLLM, AudioConfig, answer
 from mmkernels.models.config import FramePlaceConfig, LinearConfig, QFormerConfig
 from mmkernels.serve import Engine, Request, RequestError
+from mmkernels.serve.files import serve_lines
 from mmkernels.serve.request import Medium
 
 
@@ -164,3 +170,50 @@ def test_requests_that_cannot_be_computed_fail_alone(model: MMLLM) -> None:
         assert request.finished == "error" and problem in (request.error or "")
     assert all(r.finished in ("end", "length") for r in good)
     assert engine.counters.failed == 4 and engine.pages_in_use == 0
+
+
+def test_a_file_of_requests_answers_line_by_line(model: MMLLM, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (50, 40), (200, 10, 10)).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    with wave.open(str(tmp_path / "s.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(8000))
+    (tmp_path / "half.wav").write_bytes((tmp_path / "s.wav").read_bytes()[:3000])
+    a, cut = str(tmp_path / "a.png"), str(tmp_path / "cut.png")
+    good = [
+        {"id": "x", "prompt": "what?", "image": a, "max_new_tokens": 3},
+        {"prompt": "heard <audio>?", "audio": str(tmp_path / "s.wav"), "max_new_tokens": 2},
+        {"id": 7, "prompt": "order?", "video": [a, a], "max_new_tokens": 2},
+        {"id": "two", "prompt": "same?", "image": [a, a], "max_new_tokens": 2},
+    ]
+    bad = {
+        "not JSON": "{",
+        "must be an object, got list": "[1]",
+        "unknown fields": {"prompt": "x", "imgae": a},
+        "prompt: must be text": {"image": a},
+        "image: .*No such file": {"prompt": "x", "image": "/nowhere.png"},
+        "image: .*cut.png": {"prompt": "x", "image": cut},
+        "video: must be a list of paths": {"prompt": "x", "video": a},
+        "audio: .*not a WAV file": {"prompt": "x", "audio": a},
+        "audio: .*truncated": {"prompt": "x", "audio": str(tmp_path / "half.wav")},
+        "max_new_tokens: must be at least 1": {"prompt": "x", "max_new_tokens": -4},
+        "media: the prompt names": {"prompt": "<audio>", "image": a},
+    }
+    lines = [*good, *bad.values()]
+    random.Random(0).shuffle(lines)
+    out, engine = io.StringIO(), Engine(model)
+    serve_lines(model, (x if isinstance(x, str) else json.dumps(x) for x in lines), out, engine)
+    answers = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert len(answers) == len(lines)
+    said = {x["id"]: x["text"] for x in answers if "text" in x}
+    assert {"x", 7, "two"} <= set(said) and len(said) == len(good)
+    errors = [x["error"] for x in answers if "error" in x]
+    for problem in bad:
+        assert sum(bool(re.match(problem, e)) for e in errors) == 1, (problem, errors)
+    assert not any("\n" in e for e in errors)
+    engine.drop_prefixes()
+    assert engine.pages_in_use == 0

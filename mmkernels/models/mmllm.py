@@ -72,6 +72,15 @@ class MMLLM(nn.Module):
         assert isinstance(encoder, VisionEncoder)
         return encoder.config.image_size
 
+    @property
+    def sampling_rate(self) -> int | None:
+        """Of the waveforms the audio encoder takes; None: there is none."""
+        if "audio" not in self.projectors:
+            return None
+        encoder = self.encoder("audio")
+        assert isinstance(encoder, AudioEncoder)
+        return encoder.config.sampling_rate
+
     def encode(self, modality: str, items: Sequence[torch.Tensor]) -> Features:
         """uint8 images and clips or waveforms → features ``[n, X]``; constant while the encoder is frozen."""
         features: Features = self.encoder(modality)(items)

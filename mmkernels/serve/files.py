@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Media from files, and requests from a file of JSON lines; every error is one line that names field and file."""
+
+import json
+import warnings
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from mmkernels.models import MMLLM
+from mmkernels.serve.engine import Engine
+from mmkernels.serve.request import Medium, Request, RequestError
+
+MAX_PIXELS = 64_000_000
+MAX_SAMPLES = 10_000_000
+FIELDS = ("id", "prompt", "image", "video", "audio", "max_new_tokens")
+
+
+def read_image(path: Path, side: int) -> torch.Tensor:
+    """Any PNG or JPEG as ``[3, side, side]`` uint8; the size is checked before pixels are decoded.
+
+    Raises:
+        RequestError: Missing, unreadable, too large, truncated or corrupt; names the file.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=("PNG", "JPEG")) as image:
+            warnings.simplefilter("ignore")
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise RequestError(
+                    f"{path}: {width}×{height} pixels, at most {MAX_PIXELS} are read"
+                )
+            image.load()
+            pixels = np.asarray(
+                image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+            )
+    except UnidentifiedImageError:
+        raise RequestError(f"{path}: not a PNG or JPEG, or its header is corrupt") from None
+    except Image.DecompressionBombError as error:
+        raise RequestError(f"{path}: {error}") from None
+    except RequestError:
+        raise
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror or error}") from None
+    except (SyntaxError, ValueError) as error:  # Pillow's words for a broken PNG
+        raise RequestError(f"{path}: corrupt: {error}") from None
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def read_audio(path: Path, sampling_rate: int) -> torch.Tensor:
+    """A WAV of 16-bit samples, one channel, at ``sampling_rate`` → ``[n]`` in −1…1.
+
+    Raises:
+        RequestError: Missing, of another kind, too long or truncated; names the file.
+    """
+    try:
+        with wave.open(str(path), "rb") as file:
+            channels, bits, rate = file.getnchannels(), 8 * file.getsampwidth(), file.getframerate()
+            frames = file.getnframes()
+            if (channels, bits, rate) != (1, 16, sampling_rate):
+                raise RequestError(
+                    f"{path}: must be 1 channel of 16 bits at {sampling_rate} Hz,"
+                    f" got {channels} of {bits} at {rate}"
+                )
+            if not 0 < frames <= MAX_SAMPLES:
+                raise RequestError(f"{path}: {frames} samples, 1 to {MAX_SAMPLES} are read")
+            content = file.readframes(frames)
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror or error}") from None
+    except (wave.Error, EOFError) as error:
+        raise RequestError(f"{path}: not a WAV file: {error or 'truncated'}") from None
+    if len(content) != 2 * frames:
+        raise RequestError(f"{path}: truncated: {len(content) // 2} of {frames} samples")
+    return torch.from_numpy(np.frombuffer(content, "<i2").astype(np.float32) / 32768)
+
+
+def media_of(model: MMLLM, fields: dict[str, Any]) -> list[Medium]:
+    """The media a request names: ``image`` a path or a list of paths, ``video`` the paths of its frames, ``audio`` a
+    path; in this order."""
+    media: list[Medium] = []
+    images = fields.get("image", [])
+    for path in [images] if isinstance(images, str | Path) else images:
+        media.append(("image", _named("image", read_image, path, model.image_size)))
+    if fields.get("video"):
+        frames = [_named("video", read_image, p, model.image_size) for p in fields["video"]]
+        media.append(("video", torch.stack(frames)))
+    if fields.get("audio"):
+        rate = model.sampling_rate
+        if rate is None:
+            raise RequestError("audio: the model has no ears")
+        media.append(("audio", _named("audio", read_audio, fields["audio"], rate)))
+    return media
+
+
+def serve_lines(model: MMLLM, lines: Iterator[str], out: TextIO, engine: Engine) -> Engine:
+    """A request a line → an answer a line, in the order they end: ``{id, text, finished}`` or ``{id, error}``.
+
+    A line that is no request fails alone.
+    """
+    names: dict[Request, Any] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name: Any = number
+        try:
+            fields = _parsed(line)
+            name = fields.get("id", number)
+            request = engine.submit(
+                fields.get("prompt", ""), media_of(model, fields), fields.get("max_new_tokens", 48)
+            )
+        except RequestError as error:
+            _write(out, {"id": name, "error": str(error)})
+            continue
+        names[request] = name
+    while names:
+        for request in engine.step():
+            if request.finished:
+                answer = {"text": request.text, "finished": request.finished}
+                _write(
+                    out,
+                    {"id": names.pop(request)}
+                    | ({"error": request.error} if request.error else answer),
+                )
+    return engine
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise RequestError(f"must be an object, got {type(fields).__name__}")
+    unknown = sorted(set(fields) - set(FIELDS))
+    if unknown:
+        raise RequestError(f"unknown fields {unknown}, known are {list(FIELDS)}")
+    lists = {"video": fields.get("video", []), "image": fields.get("image", "")}
+    for name, value in lists.items():
+        fits = isinstance(value, list) and all(isinstance(p, str) for p in value)
+        if not fits and not (name == "image" and isinstance(value, str)):
+            raise RequestError(f"{name}: must be a list of paths, got {value!r}")
+    if not isinstance(fields.get("audio", ""), str):
+        raise RequestError(f"audio: must be a path, got {fields['audio']!r}")
+    return fields
+
+
+def _named(field: str, read: Any, path: Any, size: int) -> torch.Tensor:
+    try:
+        found: torch.Tensor = read(Path(path), size)
+    except RequestError as error:
+        raise RequestError(f"{field}: {error}") from None
+    return found
+
+
+def _write(out: TextIO, values: dict[str, Any]) -> None:
+    out.write(json.dumps(values, ensure_ascii=False) + "\n")
+    out.flush()

@@ -23,7 +23,7 @@ from mmkernels.nn.qformer import SelfAttention
 class GeneratorConfig:
     """Sides in pixels; ``num_subjects`` things can be asked for by number."""
 
-    image_size: int = 28
+    image_size: int = 20
     patch_size: int = 4
     num_channels: int = 1
     hidden_size: int = 128
@@ -66,7 +66,7 @@ class ImageGenerator(nn.Module):
     ) -> torch.Tensor:
         """Noisy ``[n, c, H, H]``, ``[n]`` in 0…1, ``[n, m, C]`` → velocity ``[n, c, H, H]``."""
         time_embeds = self.time_embed(time)
-        hidden_states = self.patch_embed(images, self.position_embed)
+        hidden_states = self.patch_embed(images.to(self.proj.weight.dtype), self.position_embed)
         for layer in self.layers:
             hidden_states = layer(hidden_states, time_embeds, condition)
         shift, scale = self.modulation(time_embeds)[:, None].chunk(2, -1)
@@ -100,7 +100,7 @@ class ImageGenerator(nn.Module):
         self,
         condition: torch.Tensor,
         *,
-        num_inference_steps: int = 20,
+        num_inference_steps: int = 10,
         guidance_scale: float = 2.0,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:

@@ -405,11 +405,11 @@ class StubPipeline:
 
 def test_adapter_calls_a_pipeline() -> None:
     adapter, g = DiffusersGenerator(StubPipeline()), _seeded()
-    condition = adapter.conditions(["0", "0.5", "1"])
+    condition = adapter.conditions(["0", "0.8", "1"])
     assert condition.shape == (3, 5, 16)
     images = adapter.generate(condition, num_inference_steps=3, guidance_scale=2.0, generator=g)
     assert images.shape == (3, 3, 8, 8) and images.dtype == torch.uint8
-    assert images[:, 0, 0, 0].tolist() == [0, 128, 255]
+    assert images[:, 0, 0, 0].tolist() == [0, 204, 255]
     assert adapter.pipeline.given == (3, 2.0, g)
     with pytest.raises(ValueError, match=r"condition must be \[n, m, 16\].*got \[1, 5, 15\]"):
         adapter.generate(torch.zeros(1, 5, 15))

@@ -66,7 +66,7 @@ class ImageGenerator(nn.Module):
     ) -> torch.Tensor:
         """Noisy ``[n, c, H, H]``, ``[n]`` in 0…1, ``[n, m, C]`` → velocity ``[n, c, H, H]``."""
         time_embeds = self.time_embed(time)
-        hidden_states = self.patch_embed(images.to(self.proj.weight.dtype), self.position_embed)
+        hidden_states = self.patch_embed(images, self.position_embed)
         for layer in self.layers:
             hidden_states = layer(hidden_states, time_embeds, condition)
         shift, scale = self.modulation(time_embeds)[:, None].chunk(2, -1)

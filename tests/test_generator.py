@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from mmkernels.models.config import GeneratorConfig, OutputProjectorConfig
 from mmkernels.models.diffusers_adapter import DiffusersGenerator
-from mmkernels.models.generator import GeneratorConfig, ImageGenerator, integrate
-from mmkernels.models.output_projector import OutputProjector, OutputProjectorConfig
+from mmkernels.models.generator import ImageGenerator, integrate
+from mmkernels.models.output_projector import OutputProjector
 from mmkernels.train import digits, drawing, recognise
 from mmkernels.train.drawing import image_loss
 from mmkernels.train.trainer import fit

@@ -3,7 +3,7 @@
 
 from mmkernels.models.config import AudioConfig, DecoderConfig, MMConfig, VisionConfig
 from mmkernels.models.features import Features
-from mmkernels.models.generate import answer, generate
+from mmkernels.models.generate import answer, draw, generate
 from mmkernels.models.mmllm import MMLLM
 from mmkernels.models.parts import from_parts
 
@@ -15,6 +15,7 @@ __all__ = [
     "MMConfig",
     "VisionConfig",
     "answer",
+    "draw",
     "from_parts",
     "generate",
 ]

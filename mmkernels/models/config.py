@@ -202,6 +202,36 @@ class DecoderConfig:
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
+@dataclass(frozen=True)
+class OutputProjectorConfig:
+    """Queries that read signal tokens. The sizes of GILL and NExT-GPT are the defaults: 4 + 4 layers of 512, 77 tokens
+    of 768 for Stable Diffusion."""
+
+    hidden_size: int = 512
+    num_encoder_layers: int = 4
+    num_decoder_layers: int = 4
+    num_heads: int = 4
+    intermediate_size: int = 2048
+    num_condition_tokens: int = 77
+    condition_size: int = 768
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Flow-matching generator of pictures; sides in pixels; ``num_subjects`` things can be asked for by number."""
+
+    image_size: int = 20
+    patch_size: int = 4
+    num_channels: int = 1
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    intermediate_size: int = 512
+    num_condition_tokens: int = 4
+    condition_size: int = 64
+    num_subjects: int = 10
+
+
 Encoder = VisionConfig | AudioConfig | TransformersVisionConfig
 Block = (
     PlaceConfig | FramePlaceConfig | DropPrefixConfig | NormConfig | LinearConfig | SwiGLUConfig | MergeConfig
@@ -217,12 +247,15 @@ def _image_projector() -> dict[str, tuple[Block, ...]]:
 class MMConfig:
     """An encoder and a projector for each modality (``"image"``, ``"video"``, ``"audio"``), and the decoder.
 
-    An encoder may be the name of another modality's, which is then shared.
+    An encoder may be the name of another modality's, which is then shared. With an output projector and a generator the
+    model draws.
     """
 
     encoders: dict[str, Encoder | str] = field(default_factory=lambda: {"image": VisionConfig()})
     projectors: dict[str, tuple[Block, ...]] = field(default_factory=_image_projector)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    output_projector: OutputProjectorConfig | None = None
+    generator: GeneratorConfig | None = None
     tokenizer: str = ""  # a folder of transformers' tokenizer; empty: bytes
 
     def to_json(self) -> str:
@@ -277,6 +310,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 def _read_one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     if isinstance(value, str) and str in kinds:
         return value
+    if type(None) in kinds:
+        return None if value is None else _read(kinds[0], value, where)
     name = _is(dict, value, where).get("kind")
     if name not in KINDS or KINDS[name] not in kinds:
         known = sorted(k.__name__.removesuffix("Config") for k in kinds if k is not str)

@@ -90,6 +90,21 @@ def _continue_at(
             cache.set_next_position(sequence, int(part.max()) + 1)
 
 
+@torch.no_grad()
+def draw(
+    model: MMLLM,
+    input_ids: Sequence[torch.Tensor],
+    features: dict[str, Features],
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Pictures ``[n, c, H, H]`` uint8 of the signal tokens in ``input_ids``, prompts with their answers."""
+    if model.output_projector is None or model.generator is None:
+        raise ValueError("draw: the model has no output projector and generator")
+    plan = model.plan(input_ids, features)
+    states = model.signal_states(plan, model(plan, features))
+    return model.generator.generate(model.output_projector(states), generator=generator)
+
+
 def answer(
     model: MMLLM, prompts: Sequence[str], features: dict[str, Features], max_new_tokens: int = 48
 ) -> list[str]:

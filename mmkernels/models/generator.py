@@ -8,31 +8,15 @@ Dimensions: n pictures, c channels, H pixels a side, N patches of P pixels, D wi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmkernels.models.config import GeneratorConfig
 from mmkernels.models.vision import sincos
 from mmkernels.nn import CrossAttention, PatchEmbed
 from mmkernels.nn.qformer import SelfAttention
-
-
-@dataclass(frozen=True)
-class GeneratorConfig:
-    """Sides in pixels; ``num_subjects`` things can be asked for by number."""
-
-    image_size: int = 20
-    patch_size: int = 4
-    num_channels: int = 1
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    intermediate_size: int = 512
-    num_condition_tokens: int = 4
-    condition_size: int = 64
-    num_subjects: int = 10
 
 
 class ImageGenerator(nn.Module):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole reference MM-LLM on one page: images, videos, sound and text in, text out.
+"""The whole reference MM-LLM on one page: images, videos, sound and text in, text and pictures out.
 
 ```
 media ── encode: patch_embed, ViT ──▶ features [n, X] ── project: Q-Former, MLP, … ──▶ features [q, E] ┐
 ids, one placeholder a medium ── plan_pack ──▶ rows ── pack_embeddings ────────────────────────────────┴▶ [T, E]
   ── decoder: mrope and attention within samples, or rope_write_kv and paged_attention ──▶ hidden states [T, E]
-  ── logits [·, V] ──▶ text
+  ── logits [·, V] ──▶ text; states of [IMG0…r] ── output projector ──▶ condition [m, C] ── generator ──▶ picture
 ```
 
 Samples lie behind one another: there is no padding.
@@ -25,6 +25,8 @@ from mmkernels.models.config import AudioConfig, MMConfig, TransformersVisionCon
 from mmkernels.models.decoder import Attend, Decoder
 from mmkernels.models.features import Features
 from mmkernels.models.gated import Media, last_medium
+from mmkernels.models.generator import ImageGenerator
+from mmkernels.models.output_projector import OutputProjector
 from mmkernels.models.projector import Projector
 from mmkernels.models.tokenizer import ByteTokenizer, FolderTokenizer
 from mmkernels.models.transformers_vision import TransformersVision
@@ -37,9 +39,10 @@ ENCODERS: dict[type[Any], Any] = {
 
 
 class MMLLM(nn.Module):
-    """An encoder and a projector for each modality, and a language model.
+    """An encoder and a projector for each modality, a language model, and what draws, if the configuration has it.
 
-    Source: the layout of BLIP-2 (Li et al. 2023) and its training stages.
+    Source: the layout of BLIP-2 (Li et al. 2023) and its training stages; of NExT-GPT (Wu et al. 2023) and GILL (Koh et
+    al. 2023) for drawing.
     """
 
     def __init__(self, config: MMConfig | None = None) -> None:
@@ -54,6 +57,10 @@ class MMLLM(nn.Module):
         for modality, blocks in self.config.projectors.items():
             self.projectors[modality] = Projector(blocks, self.encoder(modality).width)
         self.language_model = Decoder(self.config.decoder)
+        out, gen = self.config.output_projector, self.config.generator
+        E = self.config.decoder.hidden_size
+        self.output_projector = OutputProjector(out, E) if out else None
+        self.generator = ImageGenerator(gen) if gen else None
         _check_widths(self)
 
     def encoder(self, modality: str) -> AnyEncoder:
@@ -133,6 +140,13 @@ class MMLLM(nn.Module):
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[..., E]`` → ``[..., V]``."""
         return self.language_model.logits(hidden_states)
+
+    def signal_states(self, plan: mmkernels.PackPlan, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the output projector reads, ``[n, r, E]``: states and embeddings of each run of signal tokens."""
+        signals = self.tokenizer.signals
+        at = torch.isin(plan.input_ids, torch.tensor(signals, dtype=torch.int64))
+        embeds = self.language_model.model.embed_tokens.weight[plan.input_ids[at]]
+        return (hidden_states[at] + embeds).unflatten(0, (-1, len(signals)))
 
     def positions(self, plan: mmkernels.PackPlan, features: dict[str, Features]) -> torch.Tensor:
         """``[T]``, or ``[3, T]`` with M-RoPE: time, height and width of features that lie on a grid."""

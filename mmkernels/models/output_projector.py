@@ -4,23 +4,10 @@
 Dimensions: n drawings, r signal tokens, E backbone width, m condition tokens, C their width.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class OutputProjectorConfig:
-    """The sizes of GILL and NExT-GPT are the defaults: 4 + 4 layers of 512, 77 tokens of 768 for Stable Diffusion."""
-
-    hidden_size: int = 512
-    num_encoder_layers: int = 4
-    num_decoder_layers: int = 4
-    num_heads: int = 4
-    intermediate_size: int = 2048
-    num_condition_tokens: int = 77
-    condition_size: int = 768
+from mmkernels.models.config import OutputProjectorConfig
 
 
 class OutputProjector(nn.Module):

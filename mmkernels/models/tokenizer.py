@@ -28,7 +28,8 @@ class ByteTokenizer:
 
     def __init__(self) -> None:
         self.bos, self.eos = BOS, EOS
-        self.modalities = MODALITIES
+        self.modalities: dict[str, int] = MODALITIES
+        self.signals: tuple[int, ...] = SIGNALS
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, nothing added."""
@@ -72,6 +73,7 @@ class FolderTokenizer(ByteTokenizer):
         if self.eos is None:
             raise ValueError(f"{folder}: the tokenizer has no eos token")
         behind = max(len(self.inner), max(self.inner.get_vocab().values()) + 1)
+        self.signals = ()  # no embedding, no output for them
         self.modalities = {m: behind + i for i, m in enumerate(MODALITIES)}
 
     def encode(self, text: str) -> list[int]:

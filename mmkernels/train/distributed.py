@@ -45,6 +45,7 @@ def process_group() -> Iterator[int]:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield dist.get_rank()
+        dist.barrier()  # nobody leaves while others still talk to him
     finally:
         dist.destroy_process_group()
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mmkernels.models import MMLLM, Features
+from mmkernels.train.drawing import image_loss
 from mmkernels.train.stages import answer_total, row_of
 
 
@@ -44,6 +45,20 @@ class AnswerLoss(nn.Module):
         self.model = model
 
     def forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, int]:
-        """Cross-entropy of the answers' tokens, summed, and their number; samples packed, each token alike."""
-        rows = [row_of(self.model, s.prompt, s.answer) for s in samples]
-        return answer_total(self.model, rows, features_of(self.model, samples))
+        """Cross-entropy of the answers' tokens, summed, and their number; samples packed, each token alike. Every
+        signal token adds the error of its drawing's condition."""
+        rows = [row_of(self.model, s.prompt, s.answer, s.draw is not None) for s in samples]
+        total, count, plan, states = answer_total(
+            self.model, rows, features_of(self.model, samples)
+        )
+        subjects = torch.tensor([s.draw for s in samples if s.draw is not None])
+        if not len(subjects):
+            return total, count
+        read, generator = self.model.output_projector, self.model.generator
+        if read is None or generator is None:
+            raise ValueError(
+                "samples are to be drawn, the model has no output projector and generator"
+            )
+        signals = self.model.signal_states(plan, states)
+        drawn = len(subjects) * signals.shape[1]
+        return total + drawn * image_loss(read, generator, signals, subjects), count

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import mmkernels
 from mmkernels.models import MMLLM, Features, VisionConfig
 from mmkernels.models.features import join, select
 from mmkernels.models.tokenizer import place
@@ -142,22 +143,24 @@ def _question_sample(scene: questions.Scene, rng: random.Random) -> tuple[str, s
     return question.text, question.answer
 
 
-def row_of(model: MMLLM, prompt: str, answer: str) -> Row:
-    """What is given and what is to be said."""
+def row_of(model: MMLLM, prompt: str, answer: str, drawn: bool = False) -> Row:
+    """What is given and what is to be said; a picture is said by the signal tokens."""
     t = model.tokenizer
-    return t.encode_prompt(prompt), [*t.encode(answer), t.eos]
+    signals = t.signals if drawn else ()
+    return t.encode_prompt(prompt), [*t.encode(answer), *signals, t.eos]
 
 
 def answer_loss(model: MMLLM, rows: Sequence[Row], features: dict[str, Features]) -> torch.Tensor:
     """Cross-entropy of the tokens to be said, given all before them."""
-    total, count = answer_total(model, rows, features)
+    total, count, _, _ = answer_total(model, rows, features)
     return total / max(1, count)
 
 
 def answer_total(
     model: MMLLM, rows: Sequence[Row], features: dict[str, Features]
-) -> tuple[torch.Tensor, int]:
-    """Its sum over those tokens, and how many; logits exist of them alone."""
+) -> tuple[torch.Tensor, int, mmkernels.PackPlan, torch.Tensor]:
+    """Its sum over those tokens, and how many; the plan of the rows and their hidden states. Logits exist of those
+    tokens alone."""
     answers = [torch.tensor(said) for _, said in rows]
     input_ids = [torch.cat((given, said)) for (given, _), said in zip(rows, answers, strict=True)]
     labels = [
@@ -167,6 +170,7 @@ def answer_total(
     plan = model.plan(input_ids, features, labels)
     assert plan.labels is not None
     said = (plan.labels != IGNORE).nonzero().squeeze(1)
-    logits = model.logits(model(plan, features)[said - 1])
+    states = model(plan, features)
+    logits = model.logits(states[said - 1])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, plan.labels[said], reduction="sum"), len(said)
+    return F.cross_entropy(logits, plan.labels[said], reduction="sum"), len(said), plan, states

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: stopped anywhere it goes on to the bit, and a gradient that is not finite changes nothing."""
 
+import dataclasses
+import json
 import os
 import random
 import signal
@@ -15,7 +17,8 @@ import torch
 from tiny_models import tiny_config
 
 from mmkernels.models import MMLLM
-from mmkernels.train import checkpoint, digits, questions, stages
+from mmkernels.train import checkpoint, digits, questions, run, stages
+from mmkernels.train.sample import Sample
 from mmkernels.train.trainer import Plan, Trainer
 
 CONFIG = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=1)
@@ -181,3 +184,114 @@ def test_kill_9_loses_at_most_a_step(tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 def test_kill_9_many_times(tmp_path: Path) -> None:
     killed_at_random_times(tmp_path, 60)
+
+
+# Runs by a YAML file
+
+
+class Sums:
+    """Text and pictures as samples; sample i is a function of i."""
+
+    def __init__(self, config: run.RunConfig) -> None:
+        self.at, self.batch = config.seed, config.batch
+
+    def __next__(self) -> list[Sample]:
+        self.at += 1
+        rng = random.Random(self.at)
+        a, b = rng.randrange(5), rng.randrange(5)
+        pixels = torch.full((3, 112, 112), 20 * a, dtype=torch.uint8)
+        shown = Sample("grey", "<image>how grey?", str(a), (("image", pixels),))
+        return [Sample("sum", f"{a}+{b}?", str(a + b)), shown][: self.batch]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+def _yaml(folder: Path, **more: Any) -> Path:
+    start = folder / "start.json"
+    start.write_text(CONFIG.to_json())
+    values = {
+        "start": str(start),
+        "stage": "pt",
+        "steps": 6,
+        "lr": 1e-3,
+        "batch": 2,
+        "save_every": 2,
+        **more,
+    }
+    path = folder / "run.yaml"
+    path.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in values.items()))
+    return path
+
+
+def test_a_run_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run.read_config(_yaml(tmp_path, evaluate_every=3))
+    exam = next(Sums(config))
+    whole = run.train(config, tmp_path / "whole", Sums, exam)
+    real, calls = run.Trainer.step, []
+
+    def dies(self: run.Trainer[Any]) -> float:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(run.Trainer, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(config, tmp_path / "cut", Sums, exam)
+    monkeypatch.undo()
+    again = run.train(config, tmp_path / "cut", Sums, exam)
+    assert again.losses == whole.losses and len(again.losses) == 6
+    logs = [
+        [json.loads(x) for x in (tmp_path / f / "log.jsonl").read_text().splitlines()]
+        for f in ("whole", "cut")
+    ]
+    assert [x["loss"] for x in logs[0]] == [x["loss"] for x in logs[1]] == whole.losses
+    assert ["exact_match" in x for x in logs[0]] == [False, False, True] * 2
+    models = [checkpoint.load(tmp_path / f) for f in ("whole", "cut")]
+    assert models[0].stages == ("pt",) and models[0].training is None
+    for name, tensor in models[0].model.state_dict().items():
+        assert torch.equal(tensor, models[1].model.state_dict()[name])
+    with pytest.raises(checkpoint.CheckpointError, match="has finished stages"):
+        run.train(config, tmp_path / "cut", Sums)
+
+
+def test_stage_it_learns_by_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    first = run.read_config(_yaml(tmp_path))
+    with pytest.raises(checkpoint.CheckpointError, match="needs a checkpoint with stage pt"):
+        run.train(dataclasses.replace(first, stage="it"), tmp_path / "early", Sums)
+    run.train(first, tmp_path / "pt", Sums)
+    second = run.read_config(_yaml(tmp_path, start=str(tmp_path / "pt"), stage="it", lora_rank=2))
+    run.train(second, tmp_path / "it", Sums)
+    before, after = (checkpoint.load(tmp_path / f) for f in ("pt", "it"))
+    assert after.stages == ("pt", "it")
+    old = before.model.state_dict()
+    new = {n.replace(".base_layer", ""): t for n, t in after.model.state_dict().items()}
+    changed = {n.split(".")[0] for n in old if not torch.equal(old[n], new[n])}
+    assert changed == {"projectors"}
+    assert any(t.abs().max() > 0 for n, t in new.items() if "lora_B" in n)
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"stage": "xt"}, "stage must be one of"),
+        ({"steps": "many"}, "steps must be a number"),
+        ({"steps": 0}, "must be at least 1"),
+        ({"stepps": 3}, r"unknown fields: \['stepps'\]"),
+        ({"tasks": {"image": "x"}}, r"tasks.image must be a number"),
+    ],
+)
+def test_wrong_fields_are_named(tmp_path: Path, more: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        run.read_config(_yaml(tmp_path, **more))
+
+
+def test_parts_that_do_not_exist_are_named(tmp_path: Path) -> None:
+    config = run.read_config(_yaml(tmp_path, learn=["eyes"]))
+    with pytest.raises(ValueError, match=r"no parts \['eyes'\]"):
+        run.train(config, tmp_path / "x", Sums)

@@ -289,7 +289,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _read_one_of(arguments, value, where)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _read_fields(kind, value, where)
+        return read_fields(kind, value, where)
     if origin is dict:
         return {
             k: _read(arguments[1], v, f"{where}.{k}") for k, v in _is(dict, value, where).items()
@@ -316,10 +316,11 @@ def _read_one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     if name not in KINDS or KINDS[name] not in kinds:
         known = sorted(k.__name__.removesuffix("Config") for k in kinds if k is not str)
         raise ValueError(f"{where}.kind must be one of {known}, got {name!r}")
-    return _read_fields(KINDS[name], {k: v for k, v in value.items() if k != "kind"}, where)
+    return read_fields(KINDS[name], {k: v for k, v in value.items() if k != "kind"}, where)
 
 
-def _read_fields(kind: type[Any], value: Any, where: str) -> Any:
+def read_fields(kind: type[Any], value: Any, where: str) -> Any:
+    """A dataclass from a dict with exactly its fields. ValueError names what does not belong."""
     hints = typing.get_type_hints(kind)
     wrong = sorted(set(_is(dict, value, where)) ^ set(hints))
     if wrong:

@@ -38,15 +38,15 @@ MMK_LOCAL void exp_of(lanes<double>& x) {
 
 // to[0 …] = x as it is stored there, and x becomes that.
 template <class E, class V>
-MMK_LOCAL void put(E* to, V& x) {
-  if constexpr (std::is_same_v<E, bf16>) {
-    const __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
-    x = reinterpret_cast<V>(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, half), 16));
-  } else {
-    *reinterpret_cast<V*>(to) = x;
-  }
+MMK_LOCAL void put(E* to, V& x) { *reinterpret_cast<V*>(to) = x; }
+#ifdef MMK_X86
+template <class V>
+MMK_LOCAL void put(bf16* to, V& x) {
+  const __m256i half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+  x = reinterpret_cast<V>(_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, half), 16));
 }
+#endif
 
 // The sum and the maximum of kStep lanes, in halves: the same order in every instruction set.
 template <class F>

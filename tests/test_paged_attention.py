@@ -136,9 +136,10 @@ def test_a_shared_prefix_is_the_prefix_of_each(sizes: dict[str, Any], dtype: str
     assert_bound(inputs, cases.run(cases.unshared(inputs)), "unshared")
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["spans", "prefix_spans", "prefill_tiles", "prefix_prefill"])
-def test_same_bits_for_any_number_of_threads(name: str) -> None:
-    inputs = cases.make_inputs(next(c for c in cases.CASES if c.name == name), torch.float32)
+def test_same_bits_for_any_number_of_threads(name: str, dtype: str) -> None:
+    inputs = cases.make_inputs(next(c for c in cases.CASES if c.name == name), DTYPES[dtype])
     torch.set_num_threads(1)
     expected = cases.run(inputs)
     for threads in (2, 3, 5, 16):

@@ -17,12 +17,15 @@ struct Sources {
   int32_t modalities;
   int64_t row_bytes;
 
-  MMK_HD const char* row(int64_t source) const {
-    if (source >= 0) return text + source * row_bytes;
-    const int64_t k = -1 - source;
+  MMK_HD int modality(int64_t k) const {  // of feature row k
     int m = 0;
     while (m + 1 < modalities && k >= first[m + 1]) ++m;
-    return features[m] + (k - first[m]) * row_bytes;
+    return m;
+  }
+  MMK_HD const char* row(int64_t source) const {
+    if (source >= 0) return text + source * row_bytes;
+    const int m = modality(-1 - source);
+    return features[m] + (-1 - source - first[m]) * row_bytes;
   }
 };
 

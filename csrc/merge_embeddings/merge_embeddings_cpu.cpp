@@ -120,8 +120,7 @@ void check_shapes(const char* op, const Tensor& text, const std::vector<Tensor>&
     fail(op, "features must have one token id or one tensor of rows each, got ", places, " for ",
          features.size());
   for (const Tensor& f : features)
-    if (f.dim() != 2 || f.size(1) != D || f.scalar_type() != text.scalar_type())
-      fail(op, "features must be [n, D] with the D and the dtype of the embeddings");
+    if (f.dim() != 2 || f.size(1) != D) fail(op, "features must be [n, D] with the D of the embeddings");
 }
 
 // Where rows come from; keeps what it makes contiguous.
@@ -129,7 +128,7 @@ struct Rows {
   Tensor text;
   std::vector<Tensor> features;
   Sources sources{};
-  std::vector<int64_t> lengths;
+  std::vector<int64_t> lengths, feature_bytes;  // rows, and bytes of one, of each modality: of any dtype
 
   Rows(const Tensor& table, const std::vector<Tensor>& from) : text(torch::stable::contiguous(table)) {
     sources.text = data<char>(text);
@@ -139,11 +138,47 @@ struct Rows {
       features.push_back(torch::stable::contiguous(from[m]));
       sources.features[m] = data<char>(features[m]);
       lengths.push_back(features[m].size(0));
+      feature_bytes.push_back(width() * static_cast<int64_t>(features[m].element_size()));
       sources.first[m + 1] = sources.first[m] + lengths[m];
     }
   }
   int64_t width() const { return text.size(text.dim() - 1); }
 };
+
+// As torch casts: what narrows from float64 goes through float.
+#define MMK_CONVERT(To, From)                                                                                 \
+  MMK_MULTIARCH void convert_row(To* to, const From* from, int64_t n) {                                       \
+    for (int64_t i = 0; i < n; ++i) to[i] = Convert<To>::from(static_cast<acc_t<To>>(widen(from[i])));        \
+  }
+MMK_CONVERT(float, double)
+MMK_CONVERT(float, bf16)
+MMK_CONVERT(float, f16)
+MMK_CONVERT(double, float)
+MMK_CONVERT(double, bf16)
+MMK_CONVERT(double, f16)
+MMK_CONVERT(bf16, float)
+MMK_CONVERT(bf16, double)
+MMK_CONVERT(bf16, f16)
+MMK_CONVERT(f16, float)
+MMK_CONVERT(f16, double)
+MMK_CONVERT(f16, bf16)
+#undef MMK_CONVERT
+
+using ConvertRow = void (*)(void* to, const void* from, int64_t n);
+template <class To, class From>
+void convert_any(void* to, const void* from, int64_t n) {
+  convert_row(static_cast<To*>(to), static_cast<const From*>(from), n);
+}
+// Of rows of `from` to those of To; null where they are of one dtype and copied.
+template <class To>
+ConvertRow conversion(ScalarType from) {
+  ConvertRow found = nullptr;
+  dispatch_float("merge_embeddings", from, [&](auto* tag) {
+    using From = pointee<decltype(tag)>;
+    if constexpr (!std::is_same_v<To, From>) found = convert_any<To, From>;
+  });
+  return found;
+}
 
 void write_rows(const Tensor& to, const Rows& rows, const Tensor& source, std::optional<double> embed_scale) {
   dispatch_float("merge_embeddings", rows.text.scalar_type(), [&](auto* tag) {
@@ -151,10 +186,16 @@ void write_rows(const Tensor& to, const Rows& rows, const Tensor& source, std::o
     const Sources& sources = rows.sources;
     const int64_t* from = data<int64_t>(source);
     char* first = mutable_data<char>(to);
+    std::vector<ConvertRow> convert;
+    for (const Tensor& f : rows.features) convert.push_back(conversion<S>(f.scalar_type()));
     torch::stable::parallel_for(0, source.numel(), 64, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         char* row = first + t * sources.row_bytes;
-        if (embed_scale)
+        const int64_t k = -1 - from[t];
+        const int m = k < 0 ? 0 : sources.modality(k);
+        if (k >= 0 && convert[m])
+          convert[m](row, sources.features[m] + (k - sources.first[m]) * rows.feature_bytes[m], rows.width());
+        else if (embed_scale)
           merge_row<S>(row, sources, from[t], true, *embed_scale, 0, 1);
         else
           memcpy(row, sources.row(from[t]), sources.row_bytes);  // the widest copy this CPU has

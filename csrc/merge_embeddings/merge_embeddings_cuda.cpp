@@ -23,11 +23,11 @@ void check_features(const Tensor& text, const std::vector<Tensor>& features, siz
     fail("merge_embeddings: features must be at most ", kMaxModalities,
          " modalities with one token id or one tensor of rows each, got ", features.size(), " and ", places);
   for (const Tensor& f : features)
-    if (f.dim() != 2 || f.size(1) != text.size(text.dim() - 1) || f.scalar_type() != text.scalar_type())
-      fail("merge_embeddings: features must be [n, D] with the D and the dtype of the embeddings");
+    if (f.dim() != 2 || f.size(1) != text.size(text.dim() - 1))
+      fail("merge_embeddings: features must be [n, D] with the D of the embeddings");
 }
 
-// Where rows come from; keeps what it makes contiguous.
+// Where rows come from; keeps what it casts and makes contiguous.
 struct Rows {
   Tensor text;
   std::vector<Tensor> features;
@@ -37,7 +37,8 @@ struct Rows {
     sources.text = data<char>(text), sources.modalities = static_cast<int32_t>(from.size());
     sources.row_bytes = width() * static_cast<int64_t>(text.element_size());
     for (size_t m = 0; m < from.size(); ++m) {
-      features.push_back(torch::stable::contiguous(from[m]));
+      const bool cast = from[m].scalar_type() != text.scalar_type();  // a pass of its own; the CPU kernel needs none
+      features.push_back(torch::stable::contiguous(cast ? torch::stable::to(from[m], text.scalar_type()) : from[m]));
       sources.features[m] = data<char>(features[m]);
       sources.first[m + 1] = sources.first[m] + features[m].size(0);
     }

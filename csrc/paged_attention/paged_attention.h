@@ -11,8 +11,7 @@
 
 namespace mmkernels::paged_attention {
 
-constexpr int64_t kKeys = 64;        // of a block: its scores, keys and values stay in cache
-constexpr int64_t kRows = 64;        // query rows of a piece: tokens × G
+constexpr int64_t kRows = 288;       // query rows of a piece: tokens × G
 constexpr int64_t kSpan = 1024;      // keys of a piece where rows are few: then keys are what threads can share
 constexpr int64_t kSpreadRows = 512; // more rows than these are work enough
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of a block: products of a few rows with keys where they lie, and a step of the online softmax.
-// Host; no torch. Lanes are fixed, so a row has the same bits beside any other rows.
+// The arithmetic of a block of few rows: products with keys and values where they lie. Host; no torch. Lanes are fixed,
+// so a row has the same bits beside any other rows.
 #pragma once
 #include <cstring>
 
-#include "../common/fast_exp.h"
+#include "../common/host_device.h"
 
 namespace mmkernels::paged_attention {
 
@@ -89,38 +89,6 @@ MMK_INLINE void add_values_body(F* out, int64_t ldo, const F* p, int64_t ld, int
   int64_t j = 0;
   for (; j + 4 <= n; j += 4) add_tile<4>(out, ldo, p + j, ld, rows, v + j, d);
   for (; j < n; ++j) add_tile<1>(out, ldo, p + j, ld, rows, v + j, d);
-}
-
-// Scores of n keys, of which the first `visible` count, become exp(scale · score - max), with max and sum of the row
-// so far moved on; the others become 0. Returns what the sums so far are to be multiplied by.
-template <class F>
-MMK_INLINE F softmax_step_body(F* s, int64_t n, int64_t visible, F scale, F* max, F* sum) {
-  for (int64_t j = visible; j < n; ++j) s[j] = 0;
-  if (visible == 0) return 1;
-  F high = *max;
-  for (int64_t j = 0; j < visible; ++j) {
-    s[j] *= scale;
-    high = s[j] > high ? s[j] : high;
-  }
-  const F shift = high == -static_cast<F>(INFINITY) ? F(0) : high;  // every score NaN or -inf
-  const F before = *max == -static_cast<F>(INFINITY) ? F(0) : fast_exp(*max - shift);
-  constexpr int64_t kSums = 16;  // fixed, so that every instruction set adds in the same order
-  F sums[kSums] = {};
-  int64_t j = 0;
-  for (; j + kSums <= visible; j += kSums)
-    for (int64_t i = 0; i < kSums; ++i) {
-      s[j + i] = fast_exp(s[j + i] - shift);
-      sums[i] += s[j + i];
-    }
-  for (int64_t i = 0; j < visible; ++j, ++i) {
-    s[j] = fast_exp(s[j] - shift);
-    sums[i] += s[j];
-  }
-  F added = 0;
-  for (int64_t i = 0; i < kSums; ++i) added += sums[i];
-  *sum = *sum * before + added;
-  *max = high;
-  return before;
 }
 
 }  // namespace mmkernels::paged_attention

@@ -16,10 +16,10 @@ CASES = cases
 KINDS = ("id", "row")
 SIMPLEST: dict[str, Any] = {
     "B": 1, "L": 1, "V": 1, "D": 1, "M": 0, "by": "id", "embeds": False, "scale": None, "padding": None, "share": 0.0,
-    "dtype": "fp32", "family": "random", "threads": 1, "layouts": (), "int32": False,
+    "dtype": "fp32", "family": "random", "threads": 1, "layouts": (), "features": "", "int32": False,
 }  # fmt: skip
 LAYOUTS = layouts.LAYOUTS
-VARIED = tuple("dtype B L V D M embeds scale padding share family threads int32".split())
+VARIED = tuple("dtype B L V D M embeds scale padding share family threads int32 features".split())
 KNOWN: dict[str, Callable[[dict[str, Any], str], bool]] = {}
 
 
@@ -31,7 +31,8 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
         "L": r.choice((0, 1, 2, 7, 33, 130)), "D": r.choice((1, 2, 3, 8, 17, 64, 129)),
         "M": r.choice((0, 1, 1, 2, 5, 8)),
         "embeds": r.random() < 0.3, "share": r.choice((0.0, 0.1, 0.5, 1.0)), "dtype": r.choice(tuple(layouts.DTYPES)),
-        "family": r.choice(cases.FAMILIES), "threads": r.choice((1, 2, 3, 5)), "int32": r.random() < 0.3,
+        "family": r.choice(cases.FAMILIES), "threads": r.choice((1, 2, 3, 5)),
+        "features": r.choice(("", "", *layouts.DTYPES)), "int32": r.random() < 0.3,
     }  # fmt: skip
     if not x["embeds"]:
         x |= {
@@ -49,6 +50,9 @@ def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     )
     if x["int32"]:
         inputs["input_ids"] = inputs["input_ids"].int()
+    if x["features"]:  # of a dtype of their own, with more digits than the embeddings
+        dtype = layouts.DTYPES[x["features"]]
+        inputs["features"] = [(f.double() * 1.1).to(dtype) for f in inputs["features"]]
     for name, layout, seed in x["layouts"]:
         if name == "features":
             inputs[name] = [

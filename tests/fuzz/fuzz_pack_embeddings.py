@@ -16,10 +16,10 @@ CASES = cases
 KINDS = ("samples",)
 SIMPLEST: dict[str, Any] = {
     "S": 1, "L": 1, "V": 1, "D": 1, "M": 0, "rows": 1, "media": 0, "scale": None, "padding": None, "unplaced": 0,
-    "dtype": "fp32", "family": "random", "threads": 1, "layouts": (),
+    "dtype": "fp32", "family": "random", "threads": 1, "layouts": (), "features": "",
 }  # fmt: skip
 LAYOUTS = layouts.LAYOUTS
-VARIED = tuple("dtype S L V D M rows media scale padding unplaced family threads".split())
+VARIED = tuple("dtype S L V D M rows media scale padding unplaced family threads features".split())
 KNOWN: dict[str, Callable[[dict[str, Any], str], bool]] = {}
 
 
@@ -32,6 +32,7 @@ def draw(r: random.Random, kind: str) -> dict[str, Any]:
         "media": r.choice((0, 1, 2, 3)), "scale": r.choice((None, None, 0.125, 6.9)),
         "padding": r.choice((None, None, r.randrange(V))), "dtype": r.choice(tuple(layouts.DTYPES)),
         "family": r.choice(cases.FAMILIES), "threads": r.choice((1, 2, 3, 5)),
+        "features": r.choice(("", "", *layouts.DTYPES)),
     }  # fmt: skip
     x["unplaced"] = r.choice((0, 0, 1, 6)) if x["M"] == 1 else 0
     x["layouts"] = layouts.drawn(r, ("embed_weight", "features", "grad"), 0.3)
@@ -44,6 +45,9 @@ def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
         Case("fuzz", x), layouts.DTYPES[x["dtype"]], seed=x["seed"], family=x["family"]
     )
     inputs = {n: inputs[n] for n in cases.ARGUMENTS}
+    if x["features"]:  # of a dtype of their own, with more digits than the embeddings
+        dtype = layouts.DTYPES[x["features"]]
+        inputs["features"] = [(f.double() * 1.1).to(dtype) for f in inputs["features"]]
     for name, layout, seed in x["layouts"]:
         if name == "features":
             inputs[name] = [

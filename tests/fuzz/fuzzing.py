@@ -41,6 +41,7 @@ OPS = (
     "pack_embeddings",
     "mrope",
     "paged_attention",
+    "compact_kv",
 )
 Letters = dict[str, Any]
 

@@ -35,7 +35,8 @@ def merge_embeddings(
     Args:
         input_ids: ``[..., L]`` int64 or int32. Placeholder ids may lie outside the vocabulary.
         embed_weight: ``[V, D]``; None with ``inputs_embeds``.
-        features: One tensor ``[n_m, D]`` (or ``[..., D]``) a modality; cast to the text's dtype.
+        features: One tensor ``[n_m, D]`` (or ``[..., D]``) a modality, of any float dtype; cast to the text's as rows
+            are copied (on CUDA before), their gradients back.
         feature_token_ids: One placeholder id a modality.
         feature_rows: Instead of by id, places feature k of modality m at token
             ``feature_rows[m][k]`` of the flattened batch: for models that may emit the id themselves.
@@ -57,7 +58,8 @@ def merge_embeddings(
     Raises:
         ValueError, TypeError: Names argument, got, expected; for counts also sample and modality.
 
-    Numerics: rows are copied bit by bit; the embedding gradient is summed in token order, in fp32 (fp64 of fp32 ones).
+    Numerics: rows are copied bit by bit, those of another dtype cast as ``Tensor.to`` does; the embedding gradient is
+        summed in token order, in fp32 (fp64 of fp32 ones).
 
     Source: ``LlavaModel.forward``, ``Qwen2VLModel.forward`` of transformers (``masked_scatter``).
     """
@@ -160,14 +162,14 @@ def _check_text(
 
 
 def checked_feature(op: str, feature: torch.Tensor, m: int, text: torch.Tensor) -> torch.Tensor:
-    """Features of modality m as rows ``[n, D]`` in the dtype of the embeddings."""
+    """Features of modality m as rows ``[n, D]``, checked against the embeddings."""
     name = f"features[{m}]"
     checks.floating(op, name, feature)
     if feature.device != text.device:
         checks.fail(op, name, feature.device, f"on the device of the embeddings, {text.device}")
     if feature.dim() < 2 or feature.shape[-1] != text.shape[-1]:
         checks.fail(op, name, list(feature.shape), f"[n, D] with D = {text.shape[-1]}")
-    return feature.reshape(-1, feature.shape[-1]).to(text.dtype)
+    return feature.reshape(-1, feature.shape[-1])
 
 
 def _check_places(

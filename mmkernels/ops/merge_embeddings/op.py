@@ -53,6 +53,7 @@ FORWARD = backends.define(
     " int? padding_idx) -> (Tensor, Tensor)",
     reference=reference.merge_embeddings,
     fake=_fake,
+    autocast_skip=(3,),  # features take the text's dtype where they are copied
 )
 OUT = backends.define(  # not differentiable: for graphs and serving, whose memory is theirs
     "merge_embeddings_out",
@@ -60,6 +61,7 @@ OUT = backends.define(  # not differentiable: for graphs and serving, whose memo
     " int[] feature_token_ids, Tensor[] feature_rows, SymInt[]? feature_counts, float? embed_scale) -> Tensor",
     reference=reference.merge_embeddings_out,
     fake=lambda out, input_ids, *rest: input_ids.new_empty(input_ids.numel(), dtype=torch.int64),
+    autocast_skip=(4,),
 )
 BACKWARD = backends.define(
     "merge_embeddings_backward",
@@ -78,11 +80,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
     ctx.from_embeds = inputs_embeds is not None
     ctx.text_shape = (inputs_embeds if ctx.from_embeds else embed_weight).shape
     ctx.feature_lengths = [f.shape[0] for f in features]
+    ctx.feature_dtypes = [f.dtype for f in features]
     # Lists come back as lists where torch takes them for lists of tensors: empty ones, and features.
     ctx.list_grads = [
         [None] * len(i) if isinstance(i, list) and not _numbers(i) else None for i in inputs
     ]
     ctx.feature_needs = [f.requires_grad for f in features]
+
+
+def feature_gradients(ctx: Any, found: list[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Each in its feature's dtype, None where none is needed."""
+    each = zip(found, ctx.feature_needs, ctx.feature_dtypes, strict=True)
+    return [g.to(dtype) if need else None for g, need, dtype in each]
 
 
 def _numbers(values: list[Any]) -> bool:
@@ -97,7 +106,7 @@ def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
         ctx.feature_lengths, ctx.embed_scale, ctx.padding_idx, [needs_text, *ctx.feature_needs],
     )  # fmt: skip
     text = d_text.view(ctx.text_shape) if needs_text else None
-    features = [g if need else None for g, need in zip(d_features, ctx.feature_needs, strict=True)]
+    features = feature_gradients(ctx, d_features)
     weight, embeds = (None, text) if ctx.from_embeds else (text, None)
     lists = ctx.list_grads
     return None, weight, embeds, features, lists[4], lists[5], lists[6], None, None

@@ -6,8 +6,8 @@ brings n_m feature rows. ``row_source [T]`` says where each token's row comes fr
 of the embedding (token r of ``inputs_embeds``), ``r < 0`` is feature row ``-1 - r``, counted through
 the modalities in order. It is found once and is all the backward needs.
 
-Rows are copied bit by bit; ``embed_scale`` multiplies looked-up rows only, in fp32, rounded once.
-The embedding gradient sums in fp32 (fp64 for float64) and rounds once.
+Rows are copied bit by bit, features of another dtype cast; ``embed_scale`` multiplies looked-up rows only, in fp32,
+rounded once. The embedding gradient sums in fp32 (fp64 for float64) and rounds once.
 """
 
 import math
@@ -53,7 +53,8 @@ def gather_rows(
     rows = rows.index_put((is_text.nonzero().squeeze(1),), looked_up)
     if features:
         placed = (~is_text).nonzero().squeeze(1)
-        rows = rows.index_put((placed,), torch.cat(features)[-1 - source[~is_text]])
+        found = torch.cat([f.to(table.dtype) for f in features])
+        rows = rows.index_put((placed,), found[-1 - source[~is_text]])
     return rows
 
 

@@ -29,8 +29,8 @@ def pack_embeddings(
     Args:
         plan: Of ``plan_pack``, or its ``row_source`` ``[T]`` int64; on the device of the embeddings.
         embed_weight: ``[V, D]``.
-        features: ``[n_m, D]`` (or ``[..., D]``) a modality, over the samples as given to ``plan_pack``; cast to the
-            dtype of embed_weight. Rows without a place (of another bin) have gradient 0.
+        features: ``[n_m, D]`` (or ``[..., D]``) a modality, over the samples as given to ``plan_pack``, of any float
+            dtype; cast to that of embed_weight as rows are copied. Rows without a place (in another bin): gradient 0.
         embed_scale: Multiplies looked-up rows, not features (Gemma).
         padding_idx: This row of ``embed_weight`` gets no gradient.
 

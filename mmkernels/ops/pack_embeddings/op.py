@@ -29,6 +29,7 @@ FORWARD = backends.define(
     "(Tensor row_source, Tensor embed_weight, Tensor[] features, float? embed_scale, int? padding_idx) -> Tensor",
     reference=reference.pack_embeddings,
     fake=_fake,
+    autocast_skip=(2,),  # features take the dtype of the embeddings where they are copied
 )
 BACKWARD = backends.define(
     "pack_embeddings_backward",
@@ -45,6 +46,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     ctx.save_for_backward(row_source)
     ctx.vocab = embed_weight.shape[0]
     ctx.feature_lengths = [f.shape[0] for f in features]
+    ctx.feature_dtypes = [f.dtype for f in features]
     ctx.feature_needs = [f.requires_grad for f in features]
 
 
@@ -54,7 +56,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     d_text, d_features = BACKWARD.overload(
         grad.contiguous(), row_source, ctx.vocab, ctx.feature_lengths, ctx.embed_scale, ctx.padding_idx, needs
     )  # fmt: skip
-    features = [g if need else None for g, need in zip(d_features, ctx.feature_needs, strict=True)]
+    features = merge.feature_gradients(ctx, d_features)
     return None, d_text if needs[0] else None, features, None, None
 
 

@@ -53,8 +53,9 @@ def paged_attention(
         ValueError, TypeError: Names argument, got, expected. On CPU lengths, pages and groups are checked before
             anything is computed; on CUDA they are not read, and a page that does not exist is no key.
 
-    Numerics: softmax and sums in fp32 (fp64), one rounding. Without a shared prefix a sequence has the same bits alone
-        and in any batch.
+    Numerics: softmax and sums in fp32 (fp64), one rounding; in 16 bits the probabilities may round before they meet
+        the values (CUDA; prefills in bf16 on CPUs that multiply it), and are summed rounded. Without a shared prefix a
+        sequence has the same bits alone and in any batch.
 
     Source: ``paged_attention`` of vLLM, cascade attention of FlashInfer.
     """

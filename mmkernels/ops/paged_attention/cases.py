@@ -36,7 +36,7 @@ CASES = [
     _case("wide_heads", G=16, H=1, d=256, lens=(130, 63)),
     _case("prefill", chunk=(7, 1, 16), lens=(40, 7, 16)),
     _case("prefill_all", chunk=(40, 7, 0), lens=(40, 7, 16), G=3, d=72),
-    _case("prefill_tiles", B=2, H=1, G=4, chunk=(90, 50), lens=(200, 50)),
+    _case("prefill_tiles", B=2, H=1, G=4, chunk=(90, 50), lens=(300, 50)),
     _case("more_queries_than_keys", chunk=(9, 5), lens=(4, 0), page=3),
     _case("not_causal", chunk=(9, 5, 0), lens=(33, 20, 4), causal=False),
     _case("spans", B=2, lens=(1500, 3000), page=64, d=40, G=1),

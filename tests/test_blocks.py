@@ -273,3 +273,17 @@ def test_recordings_of_different_lengths_are_as_alone() -> None:
         torch.testing.assert_close(part, encoder([item]).tokens, rtol=1e-9, atol=1e-9)
     with pytest.raises(ValueError, match="n ≥ 1400 samples"):
         encoder([torch.zeros(1399)])
+
+
+def test_features_on_a_grid_have_positions_on_a_grid() -> None:
+    tiny = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=1)
+    model = MMLLM(replace(tiny, decoder=replace(tiny.decoder, mrope_section=(2, 1, 1))))
+    features = {"image": Features(torch.randn(7, 32), ((1, 2, 3), (1, 1, 1)))}
+    ids = [model.tokenizer.encode_prompt(p) for p in ("<image>a", "b<image>")]
+    plan = model.plan(ids, features)
+    expected = [
+        [0, 1, 1, 1, 1, 1, 1, 4, 5, 0, 1, 2, 3],
+        [0, 1, 1, 1, 2, 2, 2, 4, 5, 0, 1, 2, 3],
+        [0, 1, 2, 3, 1, 2, 3, 4, 5, 0, 1, 2, 3],
+    ]
+    assert model.positions(plan, features).tolist() == expected

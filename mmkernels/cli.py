@@ -43,12 +43,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps-scale", type=_positive, default=1.0, metavar="X")
     demo.set_defaults(handler=_demo)
 
-    train = commands.add_parser("train", help="train stages of the reference MM-LLM")
-    train.add_argument("--stage", choices=("all", "pt", "it"), required=True,
-                       help="all and pt start anew; it continues the checkpoint in --out")  # fmt: skip
+    train = commands.add_parser("train", help="train the reference MM-LLM")
+    what = train.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, metavar="FILE",
+                      help="one stage by a YAML file, see train/run.py; goes on where --out stopped")  # fmt: skip
+    what.add_argument("--stage", choices=("all", "pt", "it"),
+                      help="of the image demo: all and pt start anew, it continues --out")  # fmt: skip
     train.add_argument("--out", type=Path, required=True, metavar="DIR")
     train.add_argument("--steps-scale", type=_positive, default=1.0, metavar="X",
-                       help="multiplies the steps of every stage")  # fmt: skip
+                       help="multiplies the steps of the demo's stages")  # fmt: skip
     train.set_defaults(handler=_train)
 
     generate = commands.add_parser(
@@ -116,6 +119,8 @@ def _train(args: argparse.Namespace) -> int:
     from mmkernels.train import pipeline
     from mmkernels.train.checkpoint import CheckpointError
 
+    if args.config is not None:
+        return _train_by(args.config, args.out)
     try:
         run = pipeline.resume(args.out, "it") if args.stage == "it" else pipeline.start()
     except CheckpointError as error:
@@ -127,6 +132,27 @@ def _train(args: argparse.Namespace) -> int:
     }[args.stage]
     pipeline.train(run, names, args.out, args.steps_scale)
     print(f"{args.out}: stages {', '.join(run.stages)}")
+    return 0
+
+
+def _train_by(path: Path, out: Path) -> int:
+    from mmkernels.train import mixture, run
+    from mmkernels.train.checkpoint import CheckpointError
+
+    try:
+        config = run.read_config(path)
+        made = lambda c: mixture.Mixture(c.batch, c.tasks, c.seed)
+        asked = (
+            mixture.exam(list(config.tasks or mixture.TASKS), config.exam) if config.exam else []
+        )
+        trainer = run.train(config, out, made, [s for s in asked if s.draw is None])
+    except CheckpointError as error:
+        raise InputError(f"--out {error}") from None
+    except ValueError as error:
+        raise InputError(f"--config {error}") from None
+    print(
+        f"{out}: stage {config.stage}, {len(trainer.losses)} steps, loss {trainer.losses[-1]:.3f}"
+    )
     return 0
 
 

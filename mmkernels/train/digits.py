@@ -54,8 +54,18 @@ def load_scans(split: str) -> Scans:
 def draw(scans: Scans, N: int, generator: torch.Generator) -> Pictures:
     """Draws ``N`` random pictures; the same generator state gives the same pictures."""
     count = torch.randint(1, SLOTS + 1, (N,), generator=generator)
+    return draw_counts(scans, count, generator)
+
+
+def draw_counts(
+    scans: Scans,
+    count: torch.Tensor,
+    generator: torch.Generator,
+    size_px: tuple[float, float] = SIZE_PX,
+) -> Pictures:
+    """Pictures of ``count[i]`` digits, 0 to SLOTS, of sides in ``size_px``."""
     present = torch.arange(SLOTS) < count[:, None]
-    return _render(scans, present, *_place(present, generator), generator)
+    return _render(scans, present, *_place(present, generator, size_px), generator)
 
 
 def draw_crowded(scans: Scans, N: int, generator: torch.Generator) -> Pictures:
@@ -103,14 +113,16 @@ def _uniform(
     return low + (high - low) * torch.rand(shape, generator=generator)
 
 
-def _place(present: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _place(
+    present: torch.Tensor, generator: torch.Generator, size_px: tuple[float, float] = SIZE_PX
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Centres ``[N, S, 2]`` (x, y) and sides ``[N, S]``: for each picture the first of many tries that fits."""
     N = len(present)
     centres, sizes = torch.zeros(N, SLOTS, 2), torch.zeros(N, SLOTS)
     todo = torch.arange(N)
     while len(todo):
         shape = (len(todo), _TRIES, SLOTS)
-        s = _uniform(*SIZE_PX, shape, generator)
+        s = _uniform(*size_px, shape, generator)
         c = s[..., None] / 2 + torch.rand(*shape, 2, generator=generator) * (SIDE - s[..., None])
         here = present[todo, None]
         order = torch.where(here, c[..., 0], torch.inf).argsort(-1)

@@ -54,6 +54,7 @@ class RunConfig:
     seed: int = 0
     save_every: int = 100
     evaluate_every: int = 0
+    exam: int = 0  # held-out samples of each task at every evaluation
 
 
 def read_config(path: Path) -> RunConfig:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: answers are those of one request at a time, whoever else is in flight, and every page comes back."""
 
+import gc
 import io
 import json
 import random
@@ -124,6 +125,17 @@ def test_other_media_never_share(model: MMLLM) -> None:
     assert engine.counters.prefix_hits == 1
 
 
+def test_a_step_computes_a_chunk_of_prompts_at_most(model: MMLLM) -> None:
+    engine = Engine(model, chunk=10)
+    for _ in range(4):
+        engine.submit("x" * 30, (), 3)
+    steps, before = [], 0
+    while engine.step() or engine.counters.prompt_rows > before:
+        steps.append(engine.counters.prompt_rows - before)
+        before = engine.counters.prompt_rows
+    assert max(steps) == 10 and sum(steps) == 4 * 32
+
+
 def test_streaming_gives_the_text_in_pieces(model: MMLLM) -> None:
     engine = Engine(model)
     other = engine.submit("another", (), 5)
@@ -217,3 +229,37 @@ def test_a_file_of_requests_answers_line_by_line(model: MMLLM, tmp_path: Path) -
     assert not any("\n" in e for e in errors)
     engine.drop_prefixes()
     assert engine.pages_in_use == 0
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_a_thousand_requests_in_flight(model: MMLLM) -> None:
+    rng = random.Random(1)
+    engine = Engine(model, num_pages=900, page_size=8, max_running=1000, chunk=512)
+    asked = [_ask(rng) for _ in range(1000)]
+    requests = [engine.submit(*ask) for ask in asked]
+    engine.step()
+    for i in rng.sample(range(1000), 100):
+        engine.cancel(requests[i])
+        engine.step()
+    engine.run()
+    for request, ask in zip(requests, asked, strict=True):
+        if request.finished != "cancelled":
+            assert request.text == _alone(model, *ask), ask[0]
+    assert engine.counters.failed == 0
+    assert engine.counters.finished + engine.counters.cancelled == 1000
+    engine.drop_prefixes()
+    assert engine.pages_in_use == 0 and len(engine.cache) == 0
+
+
+@pytest.mark.full
+def test_memory_stays_flat(model: MMLLM) -> None:
+    engine, rng, seen = Engine(model, num_pages=200, page_size=8), random.Random(2), []
+    for round_ in range(6):
+        for _ in range(100):
+            engine.submit(*_ask(rng))
+        engine.run()
+        gc.collect()
+        if round_ >= 2:
+            seen.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    assert max(seen) < 1.02 * seen[0], seen

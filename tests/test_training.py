@@ -16,6 +16,7 @@ import pytest
 import torch
 from tiny_models import tiny_config
 
+import mmkernels
 from mmkernels.models import MMLLM
 from mmkernels.train import checkpoint, digits, questions, run, stages
 from mmkernels.train.sample import Sample
@@ -86,6 +87,24 @@ def test_a_stopped_training_goes_on_to_the_bit(tmp_path: Path, stop: int) -> Non
         assert torch.equal(tensor, loaded.model.state_dict()[name]), name
 
 
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_kernels_train_as_the_reference_does(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss by loss over 200 steps, fp32."""
+    monkeypatch.setattr("mmkernels.train.trainer.fast_bf16", lambda: False)
+    losses = []
+    for backend in ("auto", "reference"):
+        digits.load_scans("train")
+        torch.manual_seed(seed)
+        random.seed(seed)
+        with mmkernels.backend(backend):
+            losses.append(trainer_of(MMLLM(CONFIG), steps=200, accumulate=1).run(backend))
+    ratio = torch.tensor(losses[0]) / torch.tensor(losses[1])
+    assert losses[0][-1] < 0.8 * losses[0][0]
+    assert (ratio - 1).abs().max() <= 1e-5, (ratio - 1).abs().max()
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     model = start()
     trainer = trainer_of(model, accumulate=1)
@@ -103,6 +122,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     trainer.step()
     assert trainer.skipped == 1
     assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_step_of_several_batches_is_their_mean() -> None:
+    trainer = trainer_of(start(), accumulate=2)
+    torch.manual_seed(5)
+    random.seed(5)
+    alone = [trainer.loss_of(b) for b in (next(trainer.stream), next(trainer.stream))]
+    weights = list(trainer.parameters.values())
+    grads = torch.autograd.grad(sum(alone) / 2, weights, allow_unused=True)
+    again = trainer_of(start(), accumulate=2)
+    again.plan = dataclasses.replace(again.plan, clip=1e9)
+    torch.manual_seed(5)
+    random.seed(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmkernels.train.trainer.fast_bf16", lambda: False)
+        assert again.step() == pytest.approx(float(sum(alone).detach()) / 2, rel=1e-6)
+    for p, g in zip(again.parameters.values(), grads, strict=True):
+        if g is not None:
+            torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
 
 
 def test_state_of_other_parameters_is_refused(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 _CHARGES = {
     ("cpu", False, False): (1.2, 10, 5),
     ("cpu", False, True): (1.55, 10, 12),
-    ("cpu", True, False): (4.4, 5, 20),
-    ("cpu", True, True): (3.0, 5, 50),
+    ("cpu", True, False): (6.6, 10, 30),
+    ("cpu", True, True): (4.4, 5, 65),
 }
 _GPU = {False: (1.3, 0, 0), True: (4.5, 0, 0)}
 

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint full install check-torch compile-cuda compile-triton bench fuzz sanitize clean
+.PHONY: demo demo-full test lint full install check-torch compile-cuda compile-triton bench fuzz sanitize clean
 
 install: $(INSTALLED)
 
@@ -24,6 +24,9 @@ $(INSTALLED): $(VENV)/.torch $(SOURCES)
 	$(PY) -m pip install --quiet "setuptools>=77" wheel "cmake>=3.25" ninja pybind11
 	PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m pip install --quiet --no-build-isolation -e ".[dev]"
 	touch $@
+
+demo-full: install
+	$(PY) -m mmkernels demo --full --out runs/demo-full
 
 demo: install
 	$(PY) -m mmkernels demo

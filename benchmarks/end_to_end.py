@@ -3,11 +3,11 @@
 
 ``python -m benchmarks.end_to_end OUT.json [--dtype fp32]``. Same weights on both sides (``eager_model.py``); the losses
 are compared before anything is timed. A LLaVA-shaped model at a size a CPU turns around: ViT of 6 × 384, MLP, Llama
-decoder of 8 × 512; images of 64 rows in training (224 px, 2×2 merge), of 576 for the questions (336 px). Encoder
+decoder of 6 × 512; images of 64 rows in training (224 px, 2×2 merge), of 576 for the questions (336 px). Encoder
 frozen, projector and decoder learn, no optimizer step in the time.
 
 The mix of samples: a quarter text alone, half one image, a quarter two to four; text around them log-normal, median 60
-tokens, σ = 1, at most 800: most are short and a few long, as instruction data is. 24 samples a batch.
+tokens, σ = 1, at most 500: most are short and a few long, as instruction data is. 16 samples a batch.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from mmkernels.models.config import DropPrefixConfig, LinearConfig, MergeConfig
 from mmkernels.serve import Engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BATCH, SIDE, ROWS = 24, 224, 64  # samples; pixels; rows an image becomes
+BATCH, SIDE, ROWS = 16, 224, 64  # samples; pixels; rows an image becomes
 QUESTIONS, ASKED_SIDE, NEW = 16, 336, 16
 
 
@@ -47,7 +47,7 @@ def config(side: int, merge: bool) -> MMConfig:
             "image": (DropPrefixConfig(), *merging, LinearConfig(512, act="gelu"), LinearConfig(512))
         },
         decoder=DecoderConfig(
-            hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+            hidden_size=512, intermediate_size=1376, num_hidden_layers=6, num_attention_heads=8,
             num_key_value_heads=4, max_position_embeddings=2048,
         ),
     )  # fmt: skip
@@ -58,7 +58,7 @@ def draw_batch(seed: int) -> tuple[list[torch.Tensor], list[torch.Tensor], torch
     rng, rows, labels, images = random.Random(seed), [], [], 0
     for _ in range(BATCH):
         media = rng.choice((0, 1, 1, rng.randint(2, 4)))
-        words = min(800, max(8, round(math.exp(rng.gauss(math.log(60), 1)))))
+        words = min(500, max(8, round(math.exp(rng.gauss(math.log(60), 1)))))
         text = torch.tensor([rng.randrange(97, 123) for _ in range(words)])
         ids = torch.cat((torch.full((media,), IMAGE), text))
         label = ids.clone()

@@ -40,6 +40,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train the reference MM-LLM and test it (minutes)")
     demo.add_argument("--out", type=Path, default=DEMO_DIR, metavar="DIR")
+    demo.add_argument(
+        "--full", action="store_true", help="pictures, clips, speech, text and drawing"
+    )
     demo.add_argument("--steps-scale", type=_positive, default=1.0, metavar="X")
     demo.set_defaults(handler=_demo)
 
@@ -95,7 +98,28 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor.main(args)
 
 
+def _demo_full(out: Path, scale: float) -> int:
+    from mmkernels.train import checkpoint, digits, figure, full, recognise
+
+    began = time.perf_counter()
+    model, losses = full.train(out, scale)
+    found = full.examine(model, max(8, round(300 * min(1.0, scale))))
+    print(full.table(found))
+    pictures, asked = full.draw_digits(model, max(2, round(20 * min(1.0, scale))))
+    verdict = recognise.evaluate(
+        pictures, asked, digits.load_scans("train"), digits.load_scans("heldout")
+    )
+    print(verdict)
+    shown = full.answered(model)
+    page = figure.draw_page(shown, pictures, losses, f"{full.table(found)}\n\n{verdict}")
+    checkpoint.write_file(out / "demo-full.png", page)
+    print(f"{time.perf_counter() - began:.0f} s; {out}/demo-full.png shows it")
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
+    if args.full:
+        return _demo_full(args.out, args.steps_scale)
     from mmkernels.train import checkpoint, digits, evaluate, figure, pipeline
 
     began = time.perf_counter()

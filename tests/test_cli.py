@@ -190,3 +190,20 @@ def test_python_m_mmkernels_without_arguments_shows_the_commands() -> None:
         [sys.executable, "-m", "mmkernels"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "demo" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_demo_full_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--full", "--out", str(tmp_path), "--steps-scale", "0.001"]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "held out",
+        "other scales",
+        "blind",
+        "shuffled",
+        "image_audio",
+        "recognised as asked",
+    ):
+        assert word in out
+    assert Image.open(tmp_path / "demo-full.png").size[0] > 1000
+    stages = checkpoint.load(tmp_path).stages
+    assert stages == ("vision", "hearing", "language", "drawing", "pt", "it")

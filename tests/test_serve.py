@@ -136,6 +136,17 @@ def test_a_step_computes_a_chunk_of_prompts_at_most(model: MMLLM) -> None:
     assert max(steps) == 10 and sum(steps) == 4 * 32
 
 
+def test_the_smallest_pool_a_request_fits_serves_it_again_and_again(model: MMLLM) -> None:
+    media = [_medium("image", 1)]
+    for pages in range(3, 20):  # rows: 1 + 5 + 2 of the prompt, 5 new
+        engine = Engine(model, num_pages=pages, page_size=3)
+        asked = [engine.submit("<image>a", media, 5) for _ in range(3)]
+        for _ in range(60):
+            engine.step()
+        ends = {r.finished for r in asked}
+        assert ends == {"error"} if pages < 8 else ends <= {"end", "length"}, pages
+
+
 def test_streaming_gives_the_text_in_pieces(model: MMLLM) -> None:
     engine = Engine(model)
     other = engine.submit("another", (), 5)

@@ -59,7 +59,8 @@ class TransformersVisionConfig:
 
 @dataclass(frozen=True)
 class PlaceConfig:
-    """Adds learned positions of a ``side × side`` grid (they start as sines) to every frame, prefix tokens excepted."""
+    """Adds learned positions of a ``side × side`` grid (they start as sines) to every frame, prefix tokens excepted;
+    with ``side`` 0 the sines themselves, of any grid."""
 
     side: int
 

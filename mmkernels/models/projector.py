@@ -49,9 +49,12 @@ class Place(nn.Module):
     def __init__(self, config: c.PlaceConfig, width: int) -> None:
         super().__init__()
         self.side = config.side
-        self.position_embed = nn.Parameter(patch_positions(config.side, width))
+        if config.side:
+            self.position_embed = nn.Parameter(patch_positions(config.side, width))
 
     def forward(self, features: Features) -> Features:
+        if not self.side:
+            return self._sines(features)
         if any((h, w) != (self.side, self.side) for _, h, w in features.grids):
             raise ValueError(
                 f"Place: every grid must be {self.side}×{self.side}, got {list(features.grids)}"
@@ -59,6 +62,16 @@ class Place(nn.Module):
         position = F.pad(self.position_embed, (0, 0, features.prefix, 0))
         places = position.repeat(len(features.frames), 1)
         return features._replace(tokens=features.tokens + places)
+
+    def _sines(self, features: Features) -> Features:
+        _no_prefix("Place", features)
+        tokens, width = features.tokens, features.tokens.shape[1]
+        rows = [patch_positions(h, width, w).repeat(t, 1) for t, h, w in features.grids]
+        return (
+            features._replace(tokens=tokens + torch.cat([*rows, rows[0][:0]]).to(tokens))
+            if rows
+            else features
+        )
 
 
 class FramePlace(nn.Module):

@@ -172,9 +172,7 @@ class Engine:
             axes = (3,) if self.model.config.decoder.mrope_section else ()
             request.embeds, request.position_ids = weight[text], at.expand(*axes, -1)
             request.prefix_rows = kept.rows
-        elif (
-            request.embeds is None or request.prefix_rows
-        ):  # or the prefix it had found was evicted
+        elif request.embeds is None or request.prefix_rows:  # that prefix has gone since
             self._encode(request, weight)
         self._check_size(request)
 
@@ -194,14 +192,13 @@ class Engine:
     def _check_size(self, request: Request) -> None:
         most = self.model.config.decoder.max_position_embeddings
         need, pages = self._length(request), self.cache.pool.num_pages
+        least = self._pages(need) + _SPARE + 1  # a kept prefix may end within a page
         if need > most:
             raise RequestError(
                 f"max_new_tokens: prompt and answer need {need} positions, the model has {most}"
             )
-        if self._pages(need) + _SPARE > pages:
-            raise RequestError(
-                f"prompt: needs {self._pages(need) + _SPARE} pages, the pool has {pages}"
-            )
+        if least > pages:
+            raise RequestError(f"prompt: needs {least} pages, the pool has {pages}")
 
     def _make_room(self, request: Request) -> bool:
         """Whether the pages it needs at worst are there beside what running requests may still take; prefixes that

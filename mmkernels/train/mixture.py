@@ -79,7 +79,7 @@ def video(d: Draw) -> Sample:
     drawn = digits.draw_counts(
         d.source.scans, torch.tensor([int(t in moments) for t in range(FRAMES)]), d.generator, d.source.size_px
     )  # fmt: skip
-    kind, text, answer = _sequence(
+    kind, text, answer = sequence(
         d.rng, tuple(drawn.digits[moments, 0].tolist()), "appear", "shown"
     )
     return Sample(f"video {kind}", f"<video>{text}", answer, (("video", drawn.pixel_values),))
@@ -88,7 +88,7 @@ def video(d: Draw) -> Sample:
 def audio(d: Draw) -> Sample:
     """One to three digits said."""
     said = tuple(d.rng.randrange(10) for _ in range(d.rng.randint(1, 3)))
-    kind, text, answer = _sequence(d.rng, said, "are spoken", "said")
+    kind, text, answer = sequence(d.rng, said, "are spoken", "said")
     return Sample(
         f"audio {kind}",
         f"<audio>{text}",
@@ -136,7 +136,7 @@ TASKS: dict[str, Callable[[Draw], Sample]] = {
 }  # fmt: skip
 
 
-def _sequence(
+def sequence(
     rng: random.Random, shown: Sequence[int], appear: str, seen: str
 ) -> tuple[str, str, str]:
     """Kind, wording and answer of a question about digits one after another."""

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One instruction: what is shown and asked, and what is to be said."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from mmkernels.models import MMLLM, Features
+from mmkernels.models.features import join, select
 from mmkernels.train.drawing import image_loss
 from mmkernels.train.stages import answer_total, row_of
 
@@ -15,12 +16,13 @@ from mmkernels.train.stages import answer_total, row_of
 @dataclass(frozen=True)
 class Sample:
     """``prompt`` holds a placeholder for each medium, in order: image uint8 ``[3, H, W]``, video uint8
-    ``[T, 3, H, W]``, audio float ``[n]`` in -1…1. ``draw``: the digit to be drawn, if the answer is a picture."""
+    ``[T, 3, H, W]``, audio float ``[n]`` in -1…1, or what the encoder has made of it. ``draw``: the digit to be drawn,
+    if the answer is a picture."""
 
     kind: str
     prompt: str
     answer: str
-    media: tuple[tuple[str, torch.Tensor], ...] = ()
+    media: tuple[tuple[str, torch.Tensor | Features], ...] = ()
     draw: int | None = None
 
 
@@ -29,12 +31,33 @@ def features_of(model: MMLLM, samples: Sequence[Sample]) -> dict[str, Features]:
     part in every layer."""
     found = {}
     for modality in model.projectors:
-        items = [tensor for s in samples for m, tensor in s.media if m == modality]
-        learns = any(p.requires_grad for p in model.encoder(modality).parameters())
-        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            seen = model.encode(modality, items)
-        found[modality] = model.project(modality, seen)
+        items = [medium for s in samples for m, medium in s.media if m == modality]
+        found[modality] = model.project(modality, _seen(model, modality, items))
     return found
+
+
+def _seen(model: MMLLM, modality: str, items: Sequence[torch.Tensor | Features]) -> Features:
+    known = [x for x in items if isinstance(x, Features)]
+    if known:
+        seen = join(known)
+        return seen._replace(tokens=seen.tokens.to(model.language_model.lm_head.weight.dtype))
+    learns = any(p.requires_grad for p in model.encoder(modality).parameters())
+    with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+        return model.encode(modality, [x for x in items if isinstance(x, torch.Tensor)])
+
+
+@torch.no_grad()
+def encoded(model: MMLLM, samples: Sequence[Sample]) -> list[Sample]:
+    """The same with what the encoders make of their media, in bf16: a frozen encoder need not see them twice."""
+    made: dict[str, Iterator[Features]] = {}
+    for modality in model.projectors:
+        items = [
+            t for s in samples for m, t in s.media if m == modality and isinstance(t, torch.Tensor)
+        ]
+        seen = model.encode(modality, items)
+        seen = seen._replace(tokens=seen.tokens.bfloat16())
+        made[modality] = iter([select(seen, [i]) for i in range(len(items))])
+    return [replace(s, media=tuple((m, next(made[m])) for m, _ in s.media)) for s in samples]
 
 
 class AnswerLoss(nn.Module):

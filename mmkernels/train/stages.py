@@ -69,7 +69,7 @@ def train_language(model: MMLLM, steps: int, batch: int = 32) -> list[float]:
     rng = random.Random(2)
 
     def loss_at(step: int) -> torch.Tensor:
-        rows = [_text_sample(model, rng) for _ in range(batch)]
+        rows = [text_sample(model, rng) for _ in range(batch)]
         return answer_loss(model, rows, {})
 
     return fit("language", loss_at, (model.language_model,), steps=steps, lr=2e-3)
@@ -127,7 +127,7 @@ def picture_loss(
     return loss_at
 
 
-def _text_sample(model: MMLLM, rng: random.Random) -> Row:
+def text_sample(model: MMLLM, rng: random.Random) -> Row:
     scene = questions.random_scene(rng)
     sample = _question_sample if rng.random() < 0.75 else _caption_sample
     prompt, answer = sample(scene, rng)

@@ -181,6 +181,17 @@ def test_held_out_scales_are_other_scales(monkeypatch: pytest.MonkeyPatch) -> No
         assert high <= digits.SIZE_PX[0] or low >= digits.SIZE_PX[1]
 
 
+@pytest.mark.parametrize("size_px", [mixture.OTHER_SIZES[0], mixture.OTHER_SIZES[1]])
+def test_no_window_cuts_ink_at_held_out_scales(size_px: tuple[float, float]) -> None:
+    """A scan that is ink all over leaves the border of its window empty, however it is turned."""
+    generator = torch.Generator().manual_seed(0)
+    sizes, centres = torch.full((300, 1), size_px[1]), torch.full((300, 1, 2), 56.4)
+    windows = digits._windows(torch.ones(300, 1, 8, 8), sizes, centres, generator)
+    border = windows.clone()
+    border[..., 1:-1, 1:-1] = 0
+    assert windows.amax() > 0.99 and not border.any()
+
+
 def test_train_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tiny_models import tiny_config
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 SLOTS = 3
 SIDE = 112
 WINDOW = 48
+WIDE_WINDOW = 96  # for digits above SIZE_PX, whose ink WINDOW would cut off
 BACKGROUND = 10  # the "digit" of an empty slot or patch
 SIZE_PX = (30.0, 44.0)
 _TRIES = 16
@@ -149,10 +150,11 @@ def _windows(
 ) -> torch.Tensor:
     """Each scan, turned and sheared a little, scaled to its side, in a ``V×V`` window ``[N, S, V, V]``."""
     N, S = sizes.shape
+    window = WINDOW if sizes.max() <= SIZE_PX[1] else WIDE_WINDOW
     turn = _uniform(-0.2, 0.2, (N, S), generator)
     shear = _uniform(-0.15, 0.15, (N, S), generator)
     stretch = _uniform(0.9, 1.1, (N, S), generator)
-    zoom = WINDOW / sizes
+    zoom = window / sizes
     rows = torch.stack(
         (
             torch.stack((turn.cos() * zoom * stretch, (shear - turn.sin()) * zoom), -1),
@@ -161,24 +163,24 @@ def _windows(
         -2,
     )
     # The window sits on whole pixels; the scan keeps the fraction.
-    offset = (centres - WINDOW / 2).floor() + WINDOW / 2 - centres
-    shift = rows @ (offset * 2 / WINDOW)[..., None]
+    offset = (centres - window / 2).floor() + window / 2 - centres
+    shift = rows @ (offset * 2 / window)[..., None]
     theta = torch.cat((rows, shift), -1).flatten(0, 1)
-    grid = F.affine_grid(theta, [N * S, 1, WINDOW, WINDOW], align_corners=False)
+    grid = F.affine_grid(theta, [N * S, 1, window, window], align_corners=False)
     drawn = F.grid_sample(images.view(-1, 1, 8, 8), grid, align_corners=False)
-    return drawn.view(N, S, WINDOW, WINDOW)
+    return drawn.view(N, S, window, window)
 
 
 def _paste(windows: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """Windows at their places on one canvas ``[N, W, W]``; they hang over the edge only where empty."""
-    N = len(windows)
-    wide = SIDE + 2 * WINDOW
-    start = (centres - WINDOW / 2).floor().int() + WINDOW
-    span = torch.arange(WINDOW, dtype=torch.int32)
+    N, window = len(windows), windows.shape[-1]
+    wide = SIDE + 2 * window
+    start = (centres - window / 2).floor().int() + window
+    span = torch.arange(window, dtype=torch.int32)
     x, y = start[..., 0, None] + span, start[..., 1, None] + span
     index = (y[..., :, None] * wide + x[..., None, :]).flatten(1)
     canvas = torch.zeros(N, wide * wide).scatter_add_(1, index.long(), windows.flatten(1))
-    inside = slice(WINDOW, WINDOW + SIDE)
+    inside = slice(window, window + SIDE)
     return canvas.view(N, wide, wide)[:, inside, inside].clamp(max=1)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 ASSET = Path(__file__).parent / "assets" / "spoken_digits.safetensors"
-SHA256 = "fb0d91a3b9c3da976748a315d82ab2f6d34fdcef703213c128104b86d85a828e"
+SHA256 = "61a4c29b0ca90031429cae6757bac71d4d109747ee90fafcf71a2107061cba91"
 SAMPLING_RATE = 8000
 HELDOUT_SPEAKERS = ("m4", "f2")
 GAP_S = (0.03, 0.25)

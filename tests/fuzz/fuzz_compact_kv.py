@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import layouts
+import spoiling
 import torch
 
 from mmkernels import backends, compact_kv
@@ -121,15 +122,6 @@ def _share(inputs: Inputs, page: int) -> None:
     inputs["keep"][full, :page] = True
 
 
-def spoil(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> tuple[str, Inputs]:
-    """A spoiled call and what was done to it."""
-    for name in r.sample(sorted(SPOILED), len(SPOILED)):
-        changed = SPOILED[name](r, inputs, x)
-        if changed is not None:
-            return name, {**inputs, **changed}
-    raise AssertionError("some always apply")
-
-
 def _kept(i: Inputs) -> torch.Tensor:
     return i["keep"] & (torch.arange(i["keep"].shape[1]) < i["seq_lens"][:, None])
 
@@ -207,3 +199,4 @@ SPOILED: dict[str, Callable[[random.Random, Inputs, dict[str, Any]], Inputs | No
     "room": _room,
     "owner": _owner,
 }
+spoil = spoiling.by_one_of(SPOILED)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import layouts
+import spoiling
 import torch
 
 from mmkernels.ops.merge_embeddings import cases
@@ -61,15 +62,6 @@ def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
         elif isinstance(inputs.get(name), torch.Tensor):
             inputs[name] = layouts.laid_out(inputs[name], layout, seed)
     return inputs, map_tensors(inputs, lambda t: t)
-
-
-def spoil(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> tuple[str, Inputs]:
-    """A spoiled call and what was done to it."""
-    for name in r.sample(sorted(SPOILED), len(SPOILED)):
-        changed = SPOILED[name](r, inputs, x)
-        if changed is not None:
-            return name, {**inputs, **changed}
-    raise AssertionError("some always apply")
 
 
 def _id(values: Callable[[int], tuple[int, ...]]) -> Any:
@@ -152,3 +144,4 @@ SPOILED: dict[str, Callable[[random.Random, Inputs, dict[str, Any]], Inputs | No
     "check": lambda r, i, x: {"check": "later"},
     "scalar": lambda r, i, x: {"input_ids": torch.tensor(0)},
 }  # fmt: skip
+spoil = spoiling.by_one_of(SPOILED)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import layouts
+import spoiling
 import torch
 
 from mmkernels.ops.mrope import cases
@@ -58,15 +59,6 @@ def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     return inputs, map_tensors(inputs, lambda t: t)
 
 
-def spoil(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> tuple[str, Inputs]:
-    """A spoiled call and what was done to it."""
-    for name in r.sample(sorted(SPOILED), len(SPOILED)):
-        changed = SPOILED[name](r, inputs, x)
-        if changed is not None:
-            return name, {**inputs, **changed}
-    raise AssertionError("nothing to spoil")
-
-
 def _axis(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> Inputs | None:
     axis = inputs["axis"]
     if axis is None or not axis.numel():
@@ -96,3 +88,4 @@ SPOILED: dict[str, Callable[[random.Random, Inputs, dict[str, Any]], Inputs | No
     "positions_float": lambda r, i, x: {"position_ids": i["position_ids"].float()},
     "positions_length": lambda r, i, x: {"position_ids": _longer(i["position_ids"], -1)} if x["L"] else None,
 }  # fmt: skip
+spoil = spoiling.by_one_of(SPOILED)

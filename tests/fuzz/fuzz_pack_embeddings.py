@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import layouts
+import spoiling
 import torch
 
 from mmkernels.ops.pack_embeddings import cases
@@ -58,15 +59,6 @@ def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     return inputs, map_tensors(inputs, lambda t: t)
 
 
-def spoil(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> tuple[str, Inputs]:
-    """A spoiled call and what was done to it."""
-    for name in r.sample(sorted(SPOILED), len(SPOILED)):
-        changed = SPOILED[name](r, inputs, x)
-        if changed is not None:
-            return name, {**inputs, **changed}
-    raise AssertionError("some always apply")
-
-
 def _source(values: Callable[[int, int], tuple[int, ...]]) -> Any:
     def change(r: random.Random, i: Inputs, x: dict[str, Any]) -> Inputs | None:
         source = i["plan"].clone()
@@ -101,3 +93,4 @@ SPOILED: dict[str, Callable[[random.Random, Inputs, dict[str, Any]], Inputs | No
     "weight_rank": lambda r, i, x: {"embed_weight": i["embed_weight"][None]},
     "weight_dtype": lambda r, i, x: {"embed_weight": torch.zeros(i["embed_weight"].shape, dtype=torch.int64)},
 }  # fmt: skip
+spoil = spoiling.by_one_of(SPOILED)

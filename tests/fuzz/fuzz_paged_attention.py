@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import layouts
+import spoiling
 import torch
 
 from mmkernels.ops.paged_attention import cases
@@ -57,15 +58,6 @@ def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
         names = ("block_table", "seq_lens", "cu_seqlens_q")
         inputs |= {n: inputs[n].long() for n in names if n in inputs}
     return inputs, map_tensors(inputs, lambda t: t)
-
-
-def spoil(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> tuple[str, Inputs]:
-    """A spoiled call and what was done to it."""
-    for name in r.sample(sorted(SPOILED), len(SPOILED)):
-        changed = SPOILED[name](r, inputs, x)
-        if changed is not None:
-            return name, {**inputs, **changed}
-    raise AssertionError("some always apply")
 
 
 def _at(
@@ -122,3 +114,4 @@ SPOILED: dict[str, Callable[[random.Random, Inputs, dict[str, Any]], Inputs | No
     "starts": _starts,
     "groups": _groups,
 }
+spoil = spoiling.by_one_of(SPOILED)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import layouts
+import spoiling
 import torch
 
 from mmkernels.ops.norm import Norm
@@ -64,15 +65,6 @@ def build(x: dict[str, Any]) -> tuple[Inputs, Inputs]:
     return inputs, map_tensors(inputs, lambda t: t)
 
 
-def spoil(r: random.Random, inputs: Inputs, x: dict[str, Any]) -> tuple[str, Inputs]:
-    """A spoiled call and what was done to it."""
-    for name in r.sample(sorted(SPOILED), len(SPOILED)):
-        changed = SPOILED[name](r, inputs, x)
-        if changed is not None:
-            return name, {**inputs, **changed}
-    raise AssertionError("some always apply")
-
-
 def _more_rows(t: torch.Tensor, dim: int) -> torch.Tensor:
     shape = list(t.shape)
     shape[dim] += 1
@@ -112,3 +104,4 @@ SPOILED: dict[str, Callable[[random.Random, Inputs, dict[str, Any]], Inputs | No
     "norm_kind": lambda r, i, x: {"norm": Norm("group")},
     "eps": lambda r, i, x: {"norm": Norm("layer", eps=r.choice((-1.0, float("nan"))))},
 }  # fmt: skip
+spoil = spoiling.by_one_of(SPOILED)

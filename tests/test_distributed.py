@@ -42,3 +42,6 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match="missing"):
         check_sharded(tmp_path / "two")
+    (tmp_path / "two" / "sharded.json").write_text('{"files": {}}')
+    with pytest.raises(CheckpointError, match="not a checkpoint manifest"):
+        check_sharded(tmp_path / "two")

@@ -9,8 +9,9 @@ from tiny_models import tiny_config
 
 from mmkernels.models import MMLLM, MMConfig, draw, tokenizer
 from mmkernels.models.config import GeneratorConfig, OutputProjectorConfig
+from mmkernels.train.drawing import image_loss
 from mmkernels.train.sample import AnswerLoss, Sample
-from mmkernels.train.stages import learn_only, row_of
+from mmkernels.train.stages import answer_total, learn_only, row_of
 
 CONFIG = replace(
     tiny_config(32, queries=3, qformer_layers=1, decoder_layers=1),
@@ -43,8 +44,12 @@ def test_loss_is_that_of_words_and_conditions(model: MMLLM) -> None:
     loss.backward()
     moved = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None}
     assert moved == {"language_model", "output_projector"}
-    words, same = AnswerLoss(model)([replace(s, draw=None) for s in SAMPLES])
-    assert same == count - 8
+    words, same, plan, states = answer_total(model, _rows(model), {})
+    signals = model.signal_states(plan, states)
+    drawn = image_loss(model.output_projector, model.generator, signals, torch.tensor([7, 3]))
+    assert same == count
+    torch.testing.assert_close(loss, words + 2 * 4 * drawn)
+    assert drawn > 0.1
     plan = model.plan([torch.cat((g, torch.tensor(s))) for g, s in _rows(model)], {})
     states = model.signal_states(plan, model(plan, {}))
     assert states.shape == (2, 4, 32)

@@ -20,7 +20,7 @@ import mmkernels
 from mmkernels.models import MMLLM
 from mmkernels.train import checkpoint, digits, questions, run, stages
 from mmkernels.train.sample import Sample
-from mmkernels.train.trainer import Plan, Trainer
+from mmkernels.train.trainer import Schedule, Trainer
 
 CONFIG = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=1)
 
@@ -57,7 +57,7 @@ def trainer_of(model: MMLLM, steps: int = 12, accumulate: int = 2) -> Trainer[An
         return stages.answer_loss(model, rows, features) * noise
 
     stages.learn_only(model, model.projectors, model.language_model)
-    return Trainer(model, Pictures(), loss_of, Plan(steps, 2e-3, accumulate))
+    return Trainer(model, Pictures(), loss_of, Schedule(steps, 2e-3, accumulate))
 
 
 def start() -> MMLLM:
@@ -132,7 +132,7 @@ def test_a_step_of_several_batches_is_their_mean() -> None:
     weights = list(trainer.parameters.values())
     grads = torch.autograd.grad(sum(alone) / 2, weights, allow_unused=True)
     again = trainer_of(start(), accumulate=2)
-    again.plan = dataclasses.replace(again.plan, clip=1e9)
+    again.schedule = dataclasses.replace(again.schedule, clip=1e9)
     torch.manual_seed(5)
     random.seed(5)
     with pytest.MonkeyPatch.context() as patch:
@@ -281,6 +281,11 @@ def test_a_run_stops_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(KeyboardInterrupt):
         run.train(config, tmp_path / "cut", Sums, exam)
     monkeypatch.undo()
+    other = dataclasses.replace(config, tasks={"sum": 2.0}, lr=1.0, save_every=50)
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"another run \(lr: 0.001 then, 1.0 now; tasks"
+    ):
+        run.train(other, tmp_path / "cut", Sums, exam)
     again = run.train(config, tmp_path / "cut", Sums, exam)
     assert again.losses == whole.losses and len(again.losses) == 6
     logs = [

@@ -72,7 +72,7 @@ class AudioEncoder(nn.Module):
 
 
 def log_mel(waveform: torch.Tensor, filters: torch.Tensor, config: AudioConfig) -> torch.Tensor:
-    """``[n]`` → ``[t, m]``: the log of the power in each band of each Hann window, scaled to about −1…1."""
+    """``[n]`` → ``[t, m]``: the log of the power in each band of each Hann window, about −2 (silence) to 1."""
     window = torch.hann_window(config.window, device=waveform.device)
     spectrum = torch.stft(
         waveform, config.window, config.hop, window=window, center=False, return_complex=True

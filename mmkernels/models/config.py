@@ -52,7 +52,7 @@ class TransformersVisionConfig:
     """A vision tower of transformers, ``config`` its JSON; features are the hidden states of ``layer``."""
 
     config: str
-    layer: int = -2
+    layer: int = field(default=-2, metadata={"signed": True})
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -284,7 +284,7 @@ def _written(value: Any) -> Any:
     return [_written(v) for v in value] if isinstance(value, tuple) else value
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
+def _read(kind: Any, value: Any, where: str, signed: bool = False) -> Any:
     """``value`` as ``kind``: a dataclass, a union of them, dict, tuple or scalar."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -300,9 +300,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return tuple(_read(arguments[0], v, f"{where}[{i}]") for i, v in items)
     if kind is float and type(value) is int:
         value = float(value)
-    if type(value) is not kind or (
-        kind in (int, float) and value < 0 and not where.endswith(".layer")
-    ):
+    if type(value) is not kind or (kind in (int, float) and value < 0 and not signed):
         expected = "a number of at least 0" if kind in (int, float) else f"a {kind.__name__}"
         raise ValueError(f"{where} must be {expected}, got {value!r}")
     return value
@@ -326,8 +324,9 @@ def read_fields(kind: type[Any], value: Any, where: str) -> Any:
     wrong = sorted(set(_is(dict, value, where)) ^ set(hints))
     if wrong:
         raise ValueError(f"{where} has missing or unknown fields: {wrong}")
+    signed = {f.name for f in dataclasses.fields(kind) if f.metadata.get("signed")}
     return kind(
-        **{name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}
+        **{n: _read(hint, value[n], f"{where}.{n}", n in signed) for n, hint in hints.items()}
     )
 
 

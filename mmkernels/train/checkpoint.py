@@ -47,15 +47,13 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     files = {"model": _own_tensors(model)} | ({"training": training.tensors} if training else {})
     manifest: dict[str, Any] = {
-        "format": 2,
         "stages": list(stages),
         "config": json.loads(model.config.to_json()),
         "dtype": str(model.language_model.lm_head.weight.dtype).removeprefix("torch."),
         "files": {role: _write(directory, role, tensors) for role, tensors in files.items()},
         "training": training.state if training else None,
     }
-    manifest["sha256"] = _seal(manifest)
-    write_file(directory / MANIFEST, json.dumps(manifest, indent=2).encode())
+    write_manifest(directory / MANIFEST, manifest)
     kept = {facts["name"] for facts in manifest["files"].values()}
     left_behind = (*directory.glob("*-*.safetensors"), *directory.glob(".*.safetensors.*"))
     for old in (
@@ -64,6 +62,12 @@ def save(
     ):  # also of a writer that was killed
         if old.name not in kept:
             old.unlink()
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """With format and seal; whole or not at all."""
+    whole = {"format": 2, **manifest}
+    write_file(path, json.dumps({**whole, "sha256": _seal(whole)}, indent=2).encode())
 
 
 def _write(directory: Path, role: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def load(directory: Path) -> Checkpoint:
     Raises:
         CheckpointError: Missing, truncated or altered file; missing, extra or wrong-shape tensors.
     """
-    manifest = _read_manifest(directory / MANIFEST)
+    manifest = read_manifest(directory / MANIFEST)
     path = directory / manifest["files"]["model"]["name"]
     try:
         config = MMConfig.from_json(json.dumps(manifest["config"]))
@@ -172,7 +176,7 @@ def _read(path: Path) -> bytes:
         raise CheckpointError(f"{path}: {error.strerror}") from None
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     content = _read(path)
     try:
         manifest: dict[str, Any] = json.loads(content)
@@ -187,4 +191,5 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _seal(manifest: dict[str, Any]) -> str:
+    """Over everything but itself."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -33,7 +33,7 @@ from torch.distributed.fsdp import fully_shard
 from mmkernels.models import MMLLM
 from mmkernels.models.decoder import DecoderLayer
 from mmkernels.models.vision import EncoderBlock
-from mmkernels.train.checkpoint import CheckpointError, write_file
+from mmkernels.train.checkpoint import CheckpointError, read_manifest, write_manifest
 from mmkernels.train.sample import AnswerLoss
 
 MANIFEST = "sharded.json"
@@ -71,7 +71,14 @@ def mean_over_all(total: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def save_sharded(directory: Path, model: MMLLM) -> None:
-    """Every process writes its shards as safetensors; the manifest comes last, from rank 0."""
+    """Every process writes its shards as safetensors into a new folder; the manifest comes last, from rank 0.
+
+    Raises:
+        CheckpointError: The folder has a checkpoint, which a kill in between would leave half.
+    """
+    if (directory / MANIFEST).exists():
+        raise CheckpointError(f"{directory}: has a checkpoint; choose a new folder")
+    dist.barrier()
     state = get_model_state_dict(model)
     writer = HuggingFaceStorageWriter(
         str(directory), fqn_to_index_mapping=dict.fromkeys(state, 1), save_distributed=True
@@ -84,7 +91,7 @@ def save_sharded(directory: Path, model: MMLLM) -> None:
             for p in sorted(directory.rglob("*.safetensors"))
         }
         manifest = {"config": json.loads(model.config.to_json()), "files": files}
-        write_file(directory / MANIFEST, json.dumps(manifest, indent=2).encode())
+        write_manifest(directory / MANIFEST, manifest)
     dist.barrier()
 
 
@@ -102,11 +109,7 @@ def load_sharded(directory: Path, model: MMLLM) -> None:
 
 def check_sharded(directory: Path) -> dict[str, Any]:
     """The manifest, after every file has been compared with it."""
-    path = directory / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise CheckpointError(f"{path}: missing, or not a manifest") from None
+    manifest = read_manifest(directory / MANIFEST)
     found = {p.name: p for p in directory.rglob("*.safetensors")}
     for name, digest in manifest["files"].items():
         if name not in found:

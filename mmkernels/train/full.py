@@ -36,7 +36,7 @@ from mmkernels.train.drawing import train_generator
 from mmkernels.train.mixture import FRAMES, Mixture
 from mmkernels.train.run import exact_match
 from mmkernels.train.sample import AnswerLoss, Sample, encoded, features_of
-from mmkernels.train.trainer import Plan, Trainer, fast_bf16, fit
+from mmkernels.train.trainer import Schedule, Trainer, fast_bf16, fit
 
 STEPS = {
     "vision": 1300, "hearing": 600, "language": 700, "drawing": 1600, "pt": 700, "it": 1500,
@@ -148,7 +148,7 @@ def train_together(
         total, count = step(drawn)
         return total / count
 
-    return Trainer(step, Pool(samples, batch, 13), mean, Plan(steps, lr)).run(name)
+    return Trainer(step, Pool(samples, batch, 13), mean, Schedule(steps, lr)).run(name)
 
 
 def train(out: Path, scale: float = 1.0) -> tuple[MMLLM, dict[str, list[float]]]:

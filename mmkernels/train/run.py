@@ -28,7 +28,7 @@ from mmkernels.models.config import read_fields
 from mmkernels.models.lora import with_lora
 from mmkernels.train import checkpoint
 from mmkernels.train.sample import AnswerLoss, Sample, features_of
-from mmkernels.train.trainer import Plan, Stream, Trainer, Training
+from mmkernels.train.trainer import Schedule, Stream, Trainer, Training
 
 LEARNS = {
     "pt": ("projectors", "output_projector"),
@@ -92,9 +92,11 @@ def train(
     model, stages, training = _start(config, out)
     step = AnswerLoss(model)
     _choose(model, config)
-    plan = Plan(config.steps, config.lr, config.accumulate)
-    trainer = Trainer(step, streams(config), lambda batch: _mean(step, batch), plan)
+    schedule = Schedule(config.steps, config.lr, config.accumulate)
+    trainer = Trainer(step, streams(config), lambda batch: _mean(step, batch), schedule)
+    said = json.loads(json.dumps(dataclasses.asdict(config)))
     if training is not None:
+        _check_same(out, training.state["run"], said)
         trainer.load(training)
     log = _Log(out, trainer)
 
@@ -103,11 +105,25 @@ def train(
         due = exam and config.evaluate_every and done % config.evaluate_every == 0
         log.write(exact_match(model, exam) if due else None)
         if config.save_every and done % config.save_every == 0 and done < config.steps:
-            checkpoint.save(out, model, stages, trainer.save())
+            saved = trainer.save()
+            saved.state["run"] = said
+            checkpoint.save(out, model, stages, saved)
 
     trainer.run(config.stage, after)
     checkpoint.save(out, model, (*stages, config.stage))
     return trainer
+
+
+def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """What the samples, the schedule and the parts that learn follow from; how often to save or ask may change."""
+    free = {"save_every", "evaluate_every", "exam"}
+    changed = [
+        f"{n}: {before[n]!r} then, {now[n]!r} now"
+        for n in now
+        if n not in free and before[n] != now[n]
+    ]
+    if changed:
+        raise checkpoint.CheckpointError(f"{out}: stopped in another run ({'; '.join(changed)})")
 
 
 def exact_match(model: MMLLM, samples: Sequence[Sample]) -> float:
@@ -180,10 +196,10 @@ class _Log:
             self.board = None
 
     def write(self, exact: float | None) -> None:
-        now, plan = time.perf_counter(), self.trainer.plan
+        now, schedule = time.perf_counter(), self.trainer.schedule
         values: dict[str, Any] = {
             "step": len(self.trainer.losses), "loss": self.trainer.losses[-1], "skipped": self.trainer.skipped,
-            "batches_per_s": round(plan.accumulate / (now - self.last), 3),
+            "batches_per_s": round(schedule.accumulate / (now - self.last), 3),
         }  # fmt: skip
         if exact is not None:
             values["exact_match"] = exact

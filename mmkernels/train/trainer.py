@@ -23,7 +23,7 @@ class Stream(Protocol[Batch]):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """``steps`` updates of ``accumulate`` batches each; ``lr`` at its peak; gradients clipped to norm ``clip``."""
 
     steps: int
@@ -53,17 +53,17 @@ class Trainer(Generic[Batch]):
         module: nn.Module,
         stream: Stream[Batch],
         loss_of: Callable[[Batch], torch.Tensor],
-        plan: Plan,
+        schedule: Schedule,
     ) -> None:
-        self.stream, self.loss_of, self.plan = stream, loss_of, plan
+        self.stream, self.loss_of, self.schedule = stream, loss_of, schedule
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         decayed = [p for p in self.parameters.values() if p.dim() > 1]
         others = [p for p in self.parameters.values() if p.dim() <= 1]
         groups = [
-            {"params": decayed, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": schedule.weight_decay}, {"params": others, "weight_decay": 0.0},
         ]  # fmt: skip
         self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=plan.lr, betas=(0.9, 0.98), fused=True
+            [g for g in groups if g["params"]], lr=schedule.lr, betas=(0.9, 0.98), fused=True
         )
         self.losses: list[float] = []
         self.skipped = 0
@@ -72,15 +72,15 @@ class Trainer(Generic[Batch]):
         """One update; returns the mean loss of its batches."""
         self.optimizer.zero_grad()
         total = 0.0
-        for _ in range(self.plan.accumulate):
+        for _ in range(self.schedule.accumulate):
             with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
-                loss = self.loss_of(next(self.stream)) / self.plan.accumulate
+                loss = self.loss_of(next(self.stream)) / self.schedule.accumulate
             loss.backward()
             total += loss.item()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.clip)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.schedule.clip)
         if bool(norm.isfinite()):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.plan.lr * _cosine(len(self.losses), self.plan.steps)
+                group["lr"] = self.schedule.lr * _cosine(len(self.losses), self.schedule.steps)
             self.optimizer.step()
         else:
             self.skipped += 1
@@ -91,7 +91,7 @@ class Trainer(Generic[Batch]):
         self, name: str, after: Callable[["Trainer[Batch]"], None] | None = None
     ) -> list[float]:
         """All steps that are left, with progress; ``after`` is called after each."""
-        left = range(len(self.losses), self.plan.steps)
+        left = range(len(self.losses), self.schedule.steps)
         with tqdm(left, desc=f"{name:>8}", mininterval=0.5) as progress:
             for _ in progress:
                 progress.set_postfix(loss=f"{self.step():.3f}", refresh=False)
@@ -161,7 +161,7 @@ def fit(
     lr: float,
 ) -> list[float]:
     """Minimises ``loss_at(step)`` over the parameters of ``modules``; returns every step's loss."""
-    return Trainer(nn.ModuleList(modules), _Steps(), loss_at, Plan(steps, lr)).run(name)
+    return Trainer(nn.ModuleList(modules), _Steps(), loss_at, Schedule(steps, lr)).run(name)
 
 
 def fast_bf16() -> bool:

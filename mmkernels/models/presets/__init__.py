@@ -11,19 +11,19 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from mmkernels.models.config import MMConfig
-from mmkernels.models.presets import drawing, linear, querying
+from mmkernels.models.presets import drawing, linear, qformer, resampling
 from mmkernels.models.presets.schema import Part, Preset, Stage
 from mmkernels.models.presets.tiny import tiny
 
 PRESETS: dict[str, Preset] = {
     p.name: p
     for p in (
-        querying.FLAMINGO, querying.BLIP2, linear.LLAVA, querying.MINIGPT4, querying.MPLUG_OWL, querying.OTTER,
-        querying.X_LLM, querying.VIDEOCHAT, querying.INSTRUCTBLIP, linear.PANDAGPT, drawing.GILL, linear.PALI_X,
-        querying.VIDEO_LLAMA, linear.VIDEO_CHATGPT, linear.SHIKRA, querying.DLP, querying.BUBOGPT, linear.CHATSPOT,
-        querying.QWEN_VL, drawing.LAVIT, drawing.NEXT_GPT, drawing.DREAMLLM, querying.ANYMAL, drawing.MINIGPT5,
-        linear.LLAVA_15, linear.MINIGPT_V2, linear.COGVLM, linear.QWEN_AUDIO, querying.X_INSTRUCTBLIP, drawing.CODI_2,
-        linear.VILA, linear.INTERNVL, querying.MINICPM_V,
+        resampling.FLAMINGO, qformer.BLIP2, linear.LLAVA, qformer.MINIGPT4, resampling.MPLUG_OWL, resampling.OTTER,
+        qformer.X_LLM, qformer.VIDEOCHAT, qformer.INSTRUCTBLIP, linear.PANDAGPT, drawing.GILL, linear.PALI_X,
+        qformer.VIDEO_LLAMA, linear.VIDEO_CHATGPT, linear.SHIKRA, qformer.DLP, qformer.BUBOGPT, linear.CHATSPOT,
+        resampling.QWEN_VL, drawing.LAVIT, drawing.NEXT_GPT, drawing.DREAMLLM, resampling.ANYMAL, drawing.MINIGPT5,
+        linear.LLAVA_15, linear.MINIGPT_V2, linear.COGVLM, linear.QWEN_AUDIO, qformer.X_INSTRUCTBLIP, drawing.CODI_2,
+        linear.VILA, linear.INTERNVL, resampling.MINICPM_V,
     )
 }  # fmt: skip
 

@@ -4,7 +4,11 @@
 from dataclasses import replace
 
 from mmkernels.models.config import (
-    AudioConfig, DecoderConfig, OutputProjectorConfig, QFormerConfig, VisionConfig,
+    AudioConfig,
+    DecoderConfig,
+    OutputProjectorConfig,
+    QFormerConfig,
+    VisionConfig,
 )  # fmt: skip
 from mmkernels.models.presets.schema import NOT_PUBLISHED, READ, RECALLED, Part
 
@@ -42,8 +46,9 @@ EVA_G_448 = replace(
     source="MiniGPT-4 minigpt4/models/minigpt_v2.py:63-90",
 )  # fmt: skip
 EVA_E = Part(
-    vit(490, 14, 1792, 63, 16, 15360), "EVA2-CLIP-E/14, width 1792", "CogVLM utils/models/cogvlm_model.py:75", READ,
-    f"{PRE_NORM}; depth, heads, MLP and 490 px are recalled", "4.4 B (CogVLM, Wang et al. 2023; recalled)",
+    vit(490, 14, 1792, 63, 16, 15360), "EVA2-CLIP-E/14, width 1792", 
+    "CogVLM utils/models/cogvlm_model.py:75; depth, heads, MLP and 490 px recalled", RECALLED, PRE_NORM,
+    "4.4 B (CogVLM, Wang et al. 2023; recalled)",
 )  # fmt: skip
 CLIP_L = Part(
     vit(224, 14, 1024, 24, 16, 4096), "CLIP ViT-L/14, 224 px, 256 patches and a class token",
@@ -51,7 +56,8 @@ CLIP_L = Part(
 )  # fmt: skip
 CLIP_L_336 = Part(
     vit(336, 14, 1024, 24, 16, 4096), "CLIP ViT-L/14, 336 px, features of layer -2, 576 patches",
-    "LLaVA scripts/v1_5/pretrain.sh", READ, f"{PRE_NORM}; features of the last layer",
+    "transformers llava/configuration_llava.py; LLaVA scripts/v1_5/pretrain.sh", READ,
+    f"{PRE_NORM}; features of the last layer",
 )  # fmt: skip
 CLIP_BIG_G_448 = Part(
     vit(448, 14, 1664, 48, 16, 8192), "OpenCLIP ViT-bigG/14, 448 px", "Qwen-VL, Bai et al. 2023", RECALLED,
@@ -59,8 +65,8 @@ CLIP_BIG_G_448 = Part(
 )  # fmt: skip
 SIGLIP_448 = Part(
     vit(448, 14, 1152, 27, 16, 4304, cls=False), "SigLIP so400m/14, 448 px, features of layer -2",
-    "VILA scripts/NVILA-Lite/align.sh; sizes recalled", READ, f"{PRE_NORM}; features of the last layer",
-    "400 M (its name)",
+    "VILA scripts/NVILA-Lite/align.sh; width, depth, heads and MLP recalled", RECALLED,
+    f"{PRE_NORM}; features of the last layer", "400 M (its name)",
 )  # fmt: skip
 SIGLIP_980 = Part(
     vit(980, 14, 1152, 27, 16, 4304, cls=False), "SigLIP so400m/14, positions of 70 x 70 patches",
@@ -68,8 +74,8 @@ SIGLIP_980 = Part(
 )  # fmt: skip
 INTERNVIT = Part(
     vit(448, 14, 1024, 24, 16, 4096), "InternViT-300M, 448 px, 1024 patches",
-    "InternVL internvl_chat/shell/internvl2.5/stage1/internvl2_5_8b_internlm2_5_7b_dynamic_res_stage1.sh", READ,
-    PRE_NORM, "300 M (its name)",
+    "InternVL internvl_chat/shell/internvl2.5/stage1/internvl2_5_8b_internlm2_5_7b_dynamic_res_stage1.sh;"
+    " width in modeling_internvl_chat.py; depth, heads and MLP recalled", RECALLED, PRE_NORM, "300 M (its name)",
 )  # fmt: skip
 VIT_22B = Part(
     vit(224, 14, 6144, 48, 48, 24576, cls=False), "ViT-22B", "PaLI-X, Chen et al. 2023", RECALLED,
@@ -77,24 +83,27 @@ VIT_22B = Part(
 )  # fmt: skip
 NFNET_F6 = Part(
     vit(320, 32, 1536, 24, 16, 6144, cls=False), "NFNet-F6, a convolutional network, width 1536, 320 px",
-    "Flamingo, Alayrac et al. 2022", RECALLED, "stand-in: a ViT of that width with a patch of 32; depth and MLP are ours",
+    "Flamingo, Alayrac et al. 2022", RECALLED,
+    "stand-in: a ViT of that width with a patch of 32; depth and MLP are ours",
     "435 M (Flamingo, table 5; recalled)",
 )  # fmt: skip
 IMAGEBIND = Part(
     vit(224, 14, 1280, 32, 16, 5120), "ImageBind-H, clips of two frames under Conv3d(2, 14, 14), width 1280, 32 layers",
-    "PandaGPT imagebind_model.py:496-521", READ, f"{PRE_NORM}; frames one by one",
+    "PandaGPT imagebind_model.py:496-521; heads and MLP recalled", RECALLED, f"{PRE_NORM}; frames one by one",
 )  # fmt: skip
 IMAGEBIND_AUDIO = Part(
     AudioConfig(
         sampling_rate=16000, hop=160, window=400, mel_bins=128, patch_size=16, stride=10, hidden_size=768,
         num_layers=12, num_heads=12, intermediate_size=3072,
     ),
-    "ImageBind-H audio, Conv2d 16 stride 10, 128 mel bins", "PandaGPT imagebind_model.py:496-521", READ,
-    "stand-in: pre-norm, sine positions, no class token; width 768 and 12 layers recalled",
+    "ImageBind-H audio, Conv2d 16 stride 10, 128 mel bins",
+    "PandaGPT imagebind_model.py:496-521; width, depth and heads recalled", RECALLED,
+    "stand-in: pre-norm, sine positions, no class token",
 )  # fmt: skip
 BEATS = Part(
-    replace(IMAGEBIND_AUDIO.config, stride=16), "BEATs, width 768", "X-InstructBLIP blip2_vicuna_xinstruct.py:178-181",
-    READ, "stand-in: pre-norm, sine positions; depth and MLP recalled", "90 M (BEATs, Chen et al. 2022; recalled)",
+    replace(IMAGEBIND_AUDIO.config, stride=16), "BEATs, width 768",
+    "X-InstructBLIP blip2_vicuna_xinstruct.py:178-181; all but the width recalled", RECALLED,
+    "stand-in: pre-norm, sine positions", "90 M (BEATs, Chen et al. 2022; recalled)",
 )  # fmt: skip
 WHISPER = Part(
     AudioConfig(
@@ -102,7 +111,7 @@ WHISPER = Part(
         num_layers=32, num_heads=20, intermediate_size=5120,
     ),
     "Whisper-like: width 1280, 20 heads; Conv1d k3 s1, k3 s2, and at the end AvgPool1d(2)",
-    "transformers qwen2_audio/modeling_qwen2_audio.py:316,325", READ,
+    "transformers qwen2_audio/modeling_qwen2_audio.py:316,325; depth and MLP recalled", RECALLED,
     "stand-in: patches of 16 bins x 16 frames for convolutions and pooling, sine positions",
 )  # fmt: skip
 
@@ -150,11 +159,12 @@ QWEN2_7B = Part(
 )  # fmt: skip
 INTERNLM2_7B = Part(
     replace(llama(4096, 14336, 32, 32, 92544, 32768, 8), rope_theta=1e6), "InternLM2.5-7B-chat",
-    INTERNVIT.source + "; sizes recalled", READ, parameters="7 B (its name)",
+    INTERNVIT.source + "; sizes recalled", RECALLED, parameters="7 B (its name)",
 )  # fmt: skip
 CHATGLM_6B = Part(
     llama(4096, 16384, 28, 32, 130528, 2048), "ChatGLM-6B", "ChatGLM-6B, Zeng et al. 2022", RECALLED,
-    f"{LLAMA_LIKE}; prefix attention and GELU are not built, its MLP has a third matrix", "6.2 B (its model card; recalled)",
+    f"{LLAMA_LIKE}; prefix attention and GELU are not built, its MLP has a third matrix",
+    "6.2 B (its model card; recalled)",
 )  # fmt: skip
 UL2_32B = Part(
     llama(4096, 16384, 50, 32, 250112, 2048), "UL2, an encoder-decoder", NOT_PUBLISHED, RECALLED,

@@ -7,12 +7,16 @@ Of the output projectors the one for images is built where it is a learned-query
 from dataclasses import replace
 
 from mmkernels.models.config import (
-    DropPrefixConfig, LinearConfig, PerceiverConfig, PoolConfig, SpreadConfig,
+    DropPrefixConfig,
+    LinearConfig,
+    PerceiverConfig,
+    PoolConfig,
+    SpreadConfig,
 )  # fmt: skip
 from mmkernels.models.presets import components as c
 from mmkernels.models.presets.linear import ALL, mlp
-from mmkernels.models.presets.querying import PROJECTORS, no_such, qformer
-from mmkernels.models.presets.schema import READ, RECALLED, Part, Preset, Stage
+from mmkernels.models.presets.qformer import qformer
+from mmkernels.models.presets.schema import PROJECTORS, READ, RECALLED, Part, Preset, Stage, no_such
 
 OUT = "output_projector.*"
 FOUR = "4 signal tokens for 8"
@@ -32,7 +36,8 @@ GILL = Preset(
     c.OPT_6_7B, _GILL, no_such(_GILL),
     {
         "image": Part(
-            c.MAPPER, "GILLMapper: transformer of width 512, 4 + 4 layers, 4 heads, MLP 2048, 77 queries -> 768; 8 [IMG] tokens",
+            c.MAPPER,
+            "GILLMapper: transformer of width 512, 4 + 4 layers, 4 heads, MLP 2048, 77 queries -> 768; 8 [IMG] tokens",
             "gill gill/layers.py", READ, FOUR,
         )
     },
@@ -62,8 +67,8 @@ NEXT_GPT = Preset(
     ),
     Stage(
         ("projectors.image.blocks.3.*", "projectors.audio.blocks.2.*", OUT),
-        "NExT-GPT code/config/stage_1.yaml (stage_2.yaml not read)", READ,
-        "stage 1 trains the input side; that stage 2 trains the output side is recalled; here in one step",
+        "NExT-GPT code/config/stage_1.yaml, stage_2.yaml", READ,
+        "stage 1 trains the input side, stage 2 the output side; here in one step",
     ),
     Stage(
         ("projectors.image.blocks.3.*", "projectors.audio.blocks.2.*", OUT, "*lora_*"),

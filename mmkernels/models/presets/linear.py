@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Systems whose input projector is a linear layer or an MLP, some over pooled or merged tokens, and that answer in text."""
+"""Systems that answer in text and whose input projector is linear or an MLP, some over pooled or merged tokens."""
 
 from dataclasses import replace
 
 from mmkernels.models.config import (
-    DropPrefixConfig, LinearConfig, MergeConfig, NormConfig, PoolConfig, SwiGLUConfig, WrapConfig,
+    DropPrefixConfig,
+    LinearConfig,
+    MergeConfig,
+    NormConfig,
+    PoolConfig,
+    SwiGLUConfig,
+    WrapConfig,
 )  # fmt: skip
 from mmkernels.models.presets import components as c
-from mmkernels.models.presets.querying import PROJECTORS, no_such
-from mmkernels.models.presets.schema import READ, RECALLED, Part, Preset, Stage
+from mmkernels.models.presets.schema import PROJECTORS, READ, RECALLED, Part, Preset, Stage, no_such
 
 ALL = (PROJECTORS, "language_model.*")
 
@@ -23,7 +28,7 @@ LLAVA = Preset(
     {
         "image": Part(
             (DropPrefixConfig(), LinearConfig(4096)), "Linear 1024 -> 4096",
-            "LLaVA llava/model/multimodal_projector/builder.py:33; sizes recalled",
+            "LLaVA llava/model/multimodal_projector/builder.py:33; sizes recalled", RECALLED,
         )
     },
     c.VICUNA_7B, Stage((PROJECTORS,), "LLaVA, Liu et al. 2023, section 4.2"),
@@ -40,7 +45,7 @@ LLAVA_15 = Preset(
         )
     },
     c.VICUNA_7B, Stage((PROJECTORS,), "LLaVA scripts/v1_5/pretrain.sh", READ),
-    Stage(ALL, "LLaVA-1.5, Liu et al. 2023"),
+    Stage(ALL, "LLaVA scripts/v1_5/finetune.sh", READ),
 )  # fmt: skip
 
 SHIKRA = Preset(
@@ -52,11 +57,12 @@ SHIKRA = Preset(
     c.VICUNA_7B, Stage(ALL, "Shikra, Chen et al. 2023"), Stage(ALL, "Shikra, Chen et al. 2023"),
 )  # fmt: skip
 
+_CHATSPOT = "ChatSpot, Zhao et al. 2023"
 CHATSPOT = Preset(
     "ChatSpot",
     {"image": c.CLIP_L},
-    {"image": Part((DropPrefixConfig(), LinearConfig(4096)), "Linear 1024 -> 4096", "ChatSpot, Zhao et al. 2023", RECALLED)},
-    c.VICUNA_7B, Stage((PROJECTORS,), "ChatSpot, Zhao et al. 2023"), Stage(ALL, "ChatSpot, Zhao et al. 2023"),
+    {"image": Part((DropPrefixConfig(), LinearConfig(4096)), "Linear 1024 -> 4096", _CHATSPOT, RECALLED)},
+    c.VICUNA_7B, Stage((PROJECTORS,), _CHATSPOT), Stage(ALL, _CHATSPOT),
 )  # fmt: skip
 
 _BIND = Stage(("projectors.*.blocks.3.*", "*lora_*"), "PandaGPT, Su et al. 2023")
@@ -88,7 +94,7 @@ _PALI_X = Stage(ALL, "PaLI-X, Chen et al. 2023")
 PALI_X = Preset(
     "PaLI-X",
     {"image": c.VIT_22B},
-    {"image": Part((LinearConfig(4096),), "Linear", "PaLI-X, Chen et al. 2023", RECALLED, "to the width of our stand-in")},
+    {"image": Part((LinearConfig(4096),), "Linear", _PALI_X.source, RECALLED, "to the width of our stand-in")},
     c.UL2_32B, _PALI_X, _PALI_X,
 )  # fmt: skip
 
@@ -149,7 +155,11 @@ _QWEN_AUDIO = "Qwen-Audio, Chu et al. 2023"
 QWEN_AUDIO = Preset(
     "Qwen-Audio",
     {"audio": c.WHISPER},
-    {"audio": Part((LinearConfig(4096),), "Linear 1280 -> 4096", "transformers qwen2_audio/modeling_qwen2_audio.py:404")},
+    {
+        "audio": Part(
+            (LinearConfig(4096),), "Linear 1280 -> 4096", "transformers qwen2_audio/modeling_qwen2_audio.py:404"
+        )
+    },
     c.QWEN_7B, Stage(("encoders.*", PROJECTORS), _QWEN_AUDIO), Stage(("language_model.*",), _QWEN_AUDIO),
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Any
 from mmkernels.models.config import MMConfig
 
 READ, RECALLED, NOT_PUBLISHED = "read", "recalled", "not published"
+PROJECTORS = "projectors.*"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,16 @@ class Stage:
     source: str
     status: str = RECALLED
     differs: str = ""
+
+
+def no_such(stage: Stage) -> Stage:
+    """For a system without that stage: a step runs with the parts of the other."""
+    return Stage(
+        stage.learns,
+        NOT_PUBLISHED,
+        NOT_PUBLISHED,
+        "no such stage; runs with the parts of the other one",
+    )
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ WIDTH, DECODER_WIDTH, LAYERS, HEADS = 16, 32, 2, 2
 # A field of any part that is a size, and its value in small. What a block is (frequency, order, pad) stays.
 SIZES = {
     "patch_size": 4, "stride": 4, "window": 64, "hop": 32, "mel_bins": 16, "hidden_size": WIDTH, "num_layers": LAYERS,
-    "num_heads": HEADS, "head_dim": 8, "intermediate_size": 32, "num_query_tokens": 4, "num_latents": 4, "num_queries": 4,
-    "frames": 4, "num_encoder_layers": 1, "num_decoder_layers": 1, "condition_size": WIDTH, "num_condition_tokens": 5,
+    "num_heads": HEADS, "head_dim": 8, "intermediate_size": 32, "num_query_tokens": 4, "num_latents": 4,
+    "num_queries": 4, "frames": 4, "num_encoder_layers": 1, "num_decoder_layers": 1, "condition_size": WIDTH,
+    "num_condition_tokens": 5,
 }  # fmt: skip
 GRID = 4  # patches a side; an odd side stays odd
 

@@ -79,8 +79,9 @@ def test_a_step_trains_the_stage_s_parts_and_no_others(name: str, stage: str) ->
     parts = getattr(PRESETS[name], stage)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     names = learn(model, parts)
-    for pattern in parts.learns:
-        assert any(fnmatchcase(n, pattern) for n in names), f"{pattern} is no part of {name}"
+    matched = {p: {n for n in before if fnmatchcase(n, p)} for p in parts.learns}
+    assert all(matched.values()), f"a pattern that is no part of {name}: {matched}"
+    assert set(names) == set().union(*matched.values())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(
         2
@@ -94,6 +95,12 @@ def test_a_step_trains_the_stage_s_parts_and_no_others(name: str, stage: str) ->
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     still = {n for n in set(names) - moved if not _cancels(n)}
     assert moved <= set(names) and not still, still
+
+
+def test_of_minigpt4_one_linear_layer_learns() -> None:
+    linear = [f"projectors.image.blocks.1.linear.{leaf}" for leaf in ("weight", "bias")]
+    assert learn(_tiny("MiniGPT-4"), PRESETS["MiniGPT-4"].pt) == linear
+    assert not any(n.startswith("encoders") for n in learn(_tiny("VILA"), PRESETS["VILA"].pt))
 
 
 def _cancels(name: str) -> bool:

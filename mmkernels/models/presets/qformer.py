@@ -22,7 +22,7 @@ BLIP2 = Preset(
     {
         "image": replace(
             qformer(2560), differs="the half that reads text in the first stage is not built",
-            parameters="188 M with the half that reads text (BLIP-2, section 3.1; read)",
+            parameters="188 M with the half that reads text (BLIP-2, section 3.1; read in a copy of its text)",
         )
     },
     c.OPT_2_7B, _BLIP2, no_such(_BLIP2),

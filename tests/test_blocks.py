@@ -142,6 +142,74 @@ def test_queries_read_each_item_as_if_alone(kind: str, per: str) -> None:
     assert projector(select(features, [])).tokens.shape == (0, projector.width)
 
 
+def test_perceiver_as_in_flamingo() -> None:
+    """Against open_flamingo's arithmetic (helpers.py): LayerNorm on media and latents, keys of both, GELU."""
+    features = _features(8, grids=((1, 3, 5),))
+    block = c.PerceiverConfig(3, 2, 2, 2, 4, 20, norm="layer", mlp="gelu")
+    projector, out = _run((block,), features)
+    resampler = projector.blocks[0].resampler
+    for parameter in resampler.parameters():  # norms too, or their places go untested
+        torch.nn.init.normal_(parameter, std=0.4)
+    latents = resampler.latents
+    heads = lambda x: x.unflatten(-1, (2, 4)).transpose(0, 1)
+    for layer in resampler.layers:
+        x, normed = layer.input_context_norm(features.tokens), layer.input_latents_norm(latents)
+        keys, a = torch.cat((x, normed)), layer.self_attn
+        scores = heads(a.q_proj(normed)) @ heads(a.k_proj(keys)).mT * 4**-0.5
+        mixed = (scores.softmax(-1) @ heads(a.v_proj(keys))).transpose(0, 1).flatten(1)
+        latents = latents + a.o_proj(mixed)
+        inner = F.gelu(layer.mlp.up_proj(layer.post_attention_layernorm(latents)))
+        latents = latents + layer.mlp.down_proj(inner)
+    assert [type(n) for n in (resampler.norm, layer.input_context_norm)] == [torch.nn.LayerNorm] * 2
+    expected = resampler.norm(latents)
+    torch.testing.assert_close(projector(features).tokens, expected, rtol=1e-9, atol=1e-9)
+    for wrong in ({"norm": "batch"}, {"mlp": "relu"}):
+        with pytest.raises(ValueError, match="must be one of"):
+            _run((replace(block, **wrong),), features)
+
+
+def test_wrap_transformer_and_an_activated_norm() -> None:
+    features = _features(8)
+    blocks = (c.TransformerConfig(2, 2, 12), c.NormConfig(act="gelu"), c.WrapConfig())
+    projector, out = _run(blocks, features)
+    layers, norm, wrap = projector.blocks
+    assert out.counts == [n + 2 for n in features.counts] and out.grids[0] == (1, 1, 18)
+    ends = wrap.ends
+    for i in range(2):
+        alone = select(features, [i])
+        for layer in layers.layers:
+            qkv = layer.qkv(layer.norm1(alone.tokens)).unflatten(-1, (3, 2, 4))
+            q, k, v = (x.transpose(0, 1) for x in qkv.unbind(1))
+            mixed = ((q @ k.mT / 2).softmax(-1) @ v).transpose(0, 1).flatten(1)
+            tokens = alone.tokens + layer.proj(mixed)
+            inner = F.gelu(layer.fc1(layer.norm2(tokens)), approximate="tanh")
+            alone = alone._replace(tokens=tokens + layer.fc2(inner))
+        expected = torch.cat((ends[:1], F.gelu(norm.norm(alone.tokens)), ends[1:]))
+        got = out.tokens.split(out.counts)[i]
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    assert projector(select(features, [])).counts == []
+
+
+def test_a_projector_that_two_modalities_share() -> None:
+    tiny = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=1)
+    shared = replace(
+        tiny,
+        encoders={**tiny.encoders, "video": "image"},
+        projectors={**tiny.projectors, "video": "image"},
+    )
+    assert c.MMConfig.from_json(shared.to_json()) == shared
+    model = MMLLM(shared)
+    assert list(model.projectors) == ["image"]
+    seen = model.encode("image", [torch.zeros(3, 112, 112, dtype=torch.uint8)])
+    assert torch.equal(model.project("video", seen).tokens, model.project("image", seen).tokens)
+    for wrong in (
+        replace(shared, projectors={**tiny.projectors, "video": "audio"}),
+        replace(shared, encoders={**tiny.encoders, "video": VisionConfig(hidden_size=64)}),
+    ):
+        with pytest.raises(ValueError, match="must have a projector for the same features"):
+            MMLLM(wrong)
+
+
 # Features beside the text
 
 
@@ -149,6 +217,18 @@ def _gated() -> MMLLM:
     tiny = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=2)
     model = MMLLM(replace(tiny, decoder=replace(tiny.decoder, gated_layers=(1,)))).double()
     return model
+
+
+def test_gated_layers_have_sizes_of_their_own() -> None:
+    gated = c.DecoderConfig(gated_layers=(0,), gated_num_heads=2, gated_head_dim=5)
+    assert gated.feature_width == gated.hidden_size
+    wide = replace(gated, gated_feature_size=7)
+    layer = MMLLM(c.MMConfig(projectors={"image": (c.LinearConfig(7),)}, decoder=wide))
+    block = layer.language_model.model.layers[0].gated
+    shapes = [list(m.weight.shape) for m in (block.to_q, block.to_kv, block.to_out)]
+    assert shapes == [[10, 128], [20, 7], [128, 10]] and block.num_heads == 2
+    with pytest.raises(ValueError, match="ends with width 7, the decoder has 128"):
+        MMLLM(c.MMConfig(projectors={"image": (c.LinearConfig(7),)}, decoder=gated))
 
 
 def _open(model: MMLLM) -> None:

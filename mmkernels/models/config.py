@@ -79,10 +79,11 @@ class DropPrefixConfig:
 
 @dataclass(frozen=True)
 class NormConfig:
-    """``"layer"`` or ``"rms"`` over the width."""
+    """``act(norm(x))``, ``"layer"`` or ``"rms"`` over the width; ``act`` as in ``LinearConfig``."""
 
     norm: str = "layer"
     eps: float = 1e-6
+    act: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,20 @@ class SpreadConfig:
 
 
 @dataclass(frozen=True)
+class WrapConfig:
+    """A learned vector before and one behind the tokens of each item (CogVLM's boi and eoi)."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Self-attention among the tokens of each item: pre-norm layers of the width at hand (X-LLM's speech adapter)."""
+
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
 class QFormerConfig:
     """Learned queries read an item or, with ``per="frame"``, each of its frames (BLIP-2, Video-LLaMA).
 
@@ -149,7 +164,11 @@ class QFormerConfig:
 
 @dataclass(frozen=True)
 class PerceiverConfig:
-    """``nn.PerceiverResampler``; keys and values are the context and the latents (Flamingo, Idefics2)."""
+    """``nn.PerceiverResampler``; keys and values are the context and the latents (Flamingo, Idefics2). Which of the two
+    comes first (mPLUG-Owl: latents) changes nothing: attention without positions has no order.
+
+    ``norm`` ``"rms"`` or ``"layer"``, ``mlp`` ``"swiglu"`` or ``"gelu"``: first Idefics2's, then Flamingo's.
+    """
 
     num_latents: int = 64
     num_layers: int = 3
@@ -158,6 +177,8 @@ class PerceiverConfig:
     head_dim: int = 96
     intermediate_size: int = 1024
     per: str = "item"
+    norm: str = "rms"
+    mlp: str = "swiglu"
 
 
 @dataclass(frozen=True)
@@ -176,8 +197,9 @@ class DecoderConfig:
     """Llama-style decoder; names are transformers'. ``head_dim`` 0: hidden_size / heads.
 
     ``mrope_section``: channels of half a head for each position axis, empty for 1-D RoPE. ``gated_layers``: layers that
-    read the features beside the text (Flamingo); empty: features lie in the text. ``lora_rank`` > 0: adapters at the
-    layers named (``lora.py``).
+    read the features beside the text (Flamingo); empty: features lie in the text. They have
+    ``gated_num_heads`` of ``gated_head_dim`` and read features of ``gated_feature_size``; 0: the decoder's own.
+    ``lora_rank`` > 0: adapters at the layers named (``lora.py``).
     """
 
     vocab_size: int = 266
@@ -195,12 +217,20 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     mrope_section: tuple[int, ...] = ()
     gated_layers: tuple[int, ...] = ()
+    gated_num_heads: int = 0
+    gated_head_dim: int = 0
+    gated_feature_size: int = 0
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
 
     @property
     def head_width(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def feature_width(self) -> int:
+        """What projectors end with."""
+        return (self.gated_feature_size if self.gated_layers else 0) or self.hidden_size
 
 
 @dataclass(frozen=True)
@@ -236,11 +266,11 @@ class GeneratorConfig:
 Encoder = VisionConfig | AudioConfig | TransformersVisionConfig
 Block = (
     PlaceConfig | FramePlaceConfig | DropPrefixConfig | NormConfig | LinearConfig | SwiGLUConfig | MergeConfig
-    | PoolConfig | SpreadConfig | QFormerConfig | PerceiverConfig | ResamplerConfig
+    | PoolConfig | SpreadConfig | WrapConfig | TransformerConfig | QFormerConfig | PerceiverConfig | ResamplerConfig
 )  # fmt: skip
 
 
-def _image_projector() -> dict[str, tuple[Block, ...]]:
+def _image_projector() -> dict[str, tuple[Block, ...] | str]:
     return {"image": (PlaceConfig(8), QFormerConfig(ordered_side=8), LinearConfig(128))}
 
 
@@ -248,12 +278,12 @@ def _image_projector() -> dict[str, tuple[Block, ...]]:
 class MMConfig:
     """An encoder and a projector for each modality (``"image"``, ``"video"``, ``"audio"``), and the decoder.
 
-    An encoder may be the name of another modality's, which is then shared. With an output projector and a generator the
-    model draws.
+    An encoder or projector may be the name of another modality's, which is then shared. With an output projector and
+    a generator the model draws.
     """
 
     encoders: dict[str, Encoder | str] = field(default_factory=lambda: {"image": VisionConfig()})
-    projectors: dict[str, tuple[Block, ...]] = field(default_factory=_image_projector)
+    projectors: dict[str, tuple[Block, ...] | str] = field(default_factory=_image_projector)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     output_projector: OutputProjectorConfig | None = None
     generator: GeneratorConfig | None = None
@@ -309,7 +339,7 @@ def _read(kind: Any, value: Any, where: str, signed: bool = False) -> Any:
 def _read_one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
     if isinstance(value, str) and str in kinds:
         return value
-    if type(None) in kinds:
+    if type(None) in kinds or isinstance(value, list):
         return None if value is None else _read(kinds[0], value, where)
     name = _is(dict, value, where).get("kind")
     if name not in KINDS or KINDS[name] not in kinds:

@@ -71,9 +71,9 @@ class DecoderModel(nn.Module):
         K = config.head_width
         inv_freq = config.rope_theta ** -(torch.arange(0, K, 2) / K)
         self.register_buffer("inv_freq", inv_freq.repeat(2), persistent=False)
-        section = torch.tensor(config.mrope_section, dtype=torch.int32)
-        axis = torch.arange(len(section), dtype=torch.int32).repeat_interleave(section)
-        self.register_buffer("axis", axis.repeat(2) if len(section) else None, persistent=False)
+        axes = [i for i, channels in enumerate(config.mrope_section) for _ in range(channels)]
+        axis = torch.tensor(axes, dtype=torch.int32).repeat(2) if axes else None
+        self.register_buffer("axis", axis, persistent=False)
 
     def forward(
         self,

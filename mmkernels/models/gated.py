@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features beside the text instead of in it: gated cross-attention layers in the decoder (Flamingo, Otter, IDEFICS).
 
-Dimensions: T tokens, M feature tokens, E width, A heads, K head width.
+Dimensions: T tokens, M feature tokens, X their width, E width, A heads, K head width.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from mmkernels.models.config import DecoderConfig
 
 
 class Media(NamedTuple):
-    """``features`` ``[M, E]`` of all samples, and which of them each token sees, ``visible`` ``[T, M]`` bool."""
+    """``features`` ``[M, X]`` of all samples, and which of them each token sees, ``visible`` ``[T, M]`` bool."""
 
     features: torch.Tensor
     visible: torch.Tensor
@@ -41,11 +41,13 @@ class GatedCrossAttention(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        E, A, K = config.hidden_size, config.num_attention_heads, config.head_width
+        E = config.hidden_size
+        A = config.gated_num_heads or config.num_attention_heads
+        K = config.gated_head_dim or config.head_width
         self.num_heads = A
         self.norm = nn.LayerNorm(E)
         self.to_q = nn.Linear(E, A * K, bias=False)
-        self.to_kv = nn.Linear(E, 2 * A * K, bias=False)
+        self.to_kv = nn.Linear(config.feature_width, 2 * A * K, bias=False)
         self.to_out = nn.Linear(A * K, E, bias=False)
         self.attn_gate = nn.Parameter(torch.zeros(1))
         self.ff = nn.Sequential(

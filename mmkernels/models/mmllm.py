@@ -55,7 +55,8 @@ class MMLLM(nn.Module):
             if not isinstance(encoder, str):
                 self.encoders[modality] = ENCODERS[type(encoder)](encoder)
         for modality, blocks in self.config.projectors.items():
-            self.projectors[modality] = Projector(blocks, self.encoder(modality).width)
+            if not isinstance(blocks, str):
+                self.projectors[modality] = Projector(blocks, self.encoder(modality).width)
         self.language_model = Decoder(self.config.decoder)
         out, gen = self.config.output_projector, self.config.generator
         E = self.config.decoder.hidden_size
@@ -82,7 +83,7 @@ class MMLLM(nn.Module):
     @property
     def sampling_rate(self) -> int | None:
         """Of the waveforms the audio encoder takes; None: there is none."""
-        if "audio" not in self.projectors:
+        if "audio" not in self.config.projectors:
             return None
         encoder = self.encoder("audio")
         assert isinstance(encoder, AudioEncoder)
@@ -95,7 +96,10 @@ class MMLLM(nn.Module):
 
     def project(self, modality: str, features: Features) -> Features:
         """``[n, X]`` → ``[q, E]``."""
-        projected: Features = self.projectors[modality](features)
+        shared = self.config.projectors[modality]
+        projected: Features = self.projectors[shared if isinstance(shared, str) else modality](
+            features
+        )
         return projected
 
     def plan(
@@ -204,8 +208,16 @@ def _check_media(
 
 
 def _check_widths(model: MMLLM) -> None:
+    for modality, shared in model.config.projectors.items():
+        if isinstance(shared, str) and (
+            shared not in model.projectors
+            or model.encoder(shared).width != model.encoder(modality).width
+        ):
+            raise ValueError(
+                f"config.projectors.{modality}: {shared!r} must have a projector for the same features"
+            )
     for modality, projector in model.projectors.items():
-        E = model.config.decoder.hidden_size
+        E = model.config.decoder.feature_width
         if projector.width != E:
             raise ValueError(
                 f"config.projectors.{modality}: ends with width {projector.width}, the decoder has {E}"

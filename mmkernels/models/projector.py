@@ -13,9 +13,10 @@ from torch import nn
 
 import mmkernels
 from mmkernels.models import config as c
+from mmkernels.models.attention import Packed
 from mmkernels.models.decoder import SwiGLU as GatedMLP
 from mmkernels.models.features import Features, padded
-from mmkernels.models.vision import patch_positions, sincos
+from mmkernels.models.vision import EncoderBlock, patch_positions, sincos
 from mmkernels.nn import CrossAttention, PerceiverResampler
 from mmkernels.nn import QFormer as QFormerLayers
 from mmkernels.nn import Resampler as ResamplerLayer
@@ -116,9 +117,10 @@ class Norm(nn.Module):
         super().__init__()
         kinds = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
         self.norm: nn.Module = kinds[_known("norm", config.norm, kinds)](width, eps=config.eps)
+        self.act = ACTS[_known("act", config.act, ACTS)]
 
     def forward(self, features: Features) -> Features:
-        return features._replace(tokens=self.norm(features.tokens))
+        return features._replace(tokens=self.act(self.norm(features.tokens)))
 
 
 class Linear(nn.Module):
@@ -203,6 +205,39 @@ class Spread(nn.Module):
         return Features(tokens, tuple((t, h, w * self.tokens) for t, h, w in features.grids))
 
 
+class Wrap(nn.Module):
+    """Where an item begins and ends."""
+
+    def __init__(self, config: c.WrapConfig, width: int) -> None:
+        super().__init__()
+        self.ends = nn.Parameter(0.02 * torch.randn(2, width))
+
+    def forward(self, features: Features) -> Features:
+        first, last = self.ends.to(features.tokens.dtype).split(1)
+        parts = features.tokens.split(features.counts)
+        rows = [x for item in parts for x in (first, item, last)] or [features.tokens]
+        return Features(torch.cat(rows), tuple((1, 1, n + 2) for n in features.counts))
+
+
+class Transformer(nn.Module):
+    """``EncoderBlock`` after ``EncoderBlock`` over each item."""
+
+    def __init__(self, config: c.TransformerConfig, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            EncoderBlock(width, config.num_heads, config.intermediate_size)
+            for _ in range(config.num_layers)
+        )
+
+    def forward(self, features: Features) -> Features:
+        ends = torch.tensor([0, *features.counts]).cumsum(0).int()
+        items = Packed(ends, max(features.counts, default=0), causal=False)
+        tokens = features.tokens
+        for layer in self.layers:
+            tokens = layer(tokens, items)
+        return features._replace(tokens=tokens)
+
+
 class QFormer(nn.Module):
     """Parameters of ``qformer`` and ``query_tokens`` are named as in ``Blip2Model``."""
 
@@ -235,7 +270,7 @@ class Perceiver(nn.Module):
         self.resampler = PerceiverResampler(
             width, num_latents=config.num_latents, num_layers=config.num_layers, num_heads=config.num_heads,
             num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=config.intermediate_size, norm=config.norm, mlp=config.mlp,
         )  # fmt: skip
         nn.init.normal_(self.resampler.latents)  # ones, as Idefics2's class makes them, stay alike
 
@@ -271,6 +306,7 @@ class Resampler(nn.Module):
 BLOCKS: dict[type[Any], type[Any]] = {
     c.PlaceConfig: Place, c.FramePlaceConfig: FramePlace, c.DropPrefixConfig: DropPrefix, c.NormConfig: Norm,
     c.LinearConfig: Linear, c.SwiGLUConfig: SwiGLU, c.MergeConfig: Merge, c.PoolConfig: Pool, c.SpreadConfig: Spread,
+    c.WrapConfig: Wrap, c.TransformerConfig: Transformer,
     c.QFormerConfig: QFormer, c.PerceiverConfig: Perceiver, c.ResamplerConfig: Resampler,
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from mmkernels.models.config import FramePlaceConfig, LinearConfig, QFormerConfi
 from mmkernels.serve import Engine, Request, RequestError
 from mmkernels.serve.files import serve_lines
 from mmkernels.serve.request import Medium
+from mmkernels.train.sample import AnswerLoss, Sample, encoded
 
 
 @pytest.fixture(scope="module", params=["rope", "mrope"])
@@ -274,3 +275,21 @@ def test_memory_stays_flat(model: MMLLM) -> None:
         if round_ >= 2:
             seen.append(int(Path("/proc/self/statm").read_text().split()[1]))
     assert max(seen) < 1.02 * seen[0], seen
+
+
+def test_a_modality_that_shares_another_s_projector_is_served_and_trained() -> None:
+    tiny = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=1)
+    both = {
+        "encoders": {**tiny.encoders, "video": "image"},
+        "projectors": {**tiny.projectors, "video": "image"},
+    }
+    model = MMLLM(replace(tiny, **both))
+    engine, clip = Engine(model), _medium("video", 1)
+    request = engine.submit("what?", [clip], 3)
+    engine.run()
+    assert request.error is None and request.finished in ("end", "length")
+    assert request.text == _alone(model, "<video>what?", [clip], 3)
+    sample = Sample("clip", "<video>what?", "a", (clip,))
+    for samples in ([sample], encoded(model, [sample])):
+        total, count = AnswerLoss(model)(samples)
+        assert count == 2 and torch.isfinite(total)

@@ -179,7 +179,7 @@ class Engine:
     def _encode(self, request: Request, weight: torch.Tensor) -> None:
         features: dict[str, list[Features]] = {}
         for modality, medium in request.media:
-            if modality not in self.model.projectors:
+            if modality not in self.model.config.projectors:
                 raise RequestError(f"media: the model has no {modality}")
             seen = self.model.encode(modality, [medium])
             features.setdefault(modality, []).append(self.model.project(modality, seen))

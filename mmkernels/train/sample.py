@@ -30,7 +30,7 @@ def features_of(model: MMLLM, samples: Sequence[Sample]) -> dict[str, Features]:
     """Projected features of every modality the model has, also of those nobody brought: under FSDP every rank takes
     part in every layer."""
     found = {}
-    for modality in model.projectors:
+    for modality in model.config.projectors:
         items = [medium for s in samples for m, medium in s.media if m == modality]
         found[modality] = model.project(modality, _seen(model, modality, items))
     return found
@@ -50,7 +50,7 @@ def _seen(model: MMLLM, modality: str, items: Sequence[torch.Tensor | Features])
 def encoded(model: MMLLM, samples: Sequence[Sample]) -> list[Sample]:
     """The same with what the encoders make of their media, in bf16: a frozen encoder need not see them twice."""
     made: dict[str, Iterator[Features]] = {}
-    for modality in model.projectors:
+    for modality in model.config.projectors:
         items = [
             t for s in samples for m, t in s.media if m == modality and isinstance(t, torch.Tensor)
         ]

@@ -265,6 +265,46 @@ def test_wrong_tensors_are_named(saved: Path) -> None:
             checkpoint.load(saved)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("dtype", "load", "'load'"),
+        ("files", {}, "'model'"),
+        ("stages", 3, "not iterable"),
+        ("format", 3, "format must be 2, got 3"),
+        ("config", {"encoders": 1}, "missing or unknown fields"),
+    ],
+)
+def test_a_sealed_manifest_that_lies_is_refused(
+    saved: Path, field: str, value: object, problem: str
+) -> None:
+    path = saved / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    checkpoint.write_manifest(path, {**manifest, field: value})
+    with pytest.raises(CheckpointError, match=problem):
+        checkpoint.load(saved)
+
+
+def test_no_file_outside_the_folder_is_read(saved: Path) -> None:
+    path = saved / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    outside = saved.parent / "elsewhere.safetensors"
+    _weights(saved).rename(outside)
+    manifest["files"]["model"]["name"] = f"../{outside.name}"
+    checkpoint.write_manifest(path, manifest)
+    with pytest.raises(CheckpointError, match=r"elsewhere.safetensors: No such file"):
+        checkpoint.load(saved)
+
+
+def test_a_damaged_file_is_written_again(saved: Path, model: MMLLM) -> None:
+    path = _weights(saved)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    checkpoint.save(saved, model, ("vision",))
+    assert checkpoint.load(saved).stages == ("vision",)
+
+
 def test_not_safetensors_is_named(saved: Path) -> None:
     path = saved / "x"
     save_file({"a": torch.zeros(1)}, path)

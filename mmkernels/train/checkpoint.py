@@ -24,6 +24,9 @@ from mmkernels.models import MMLLM, MMConfig
 from mmkernels.train.trainer import Training
 
 MANIFEST = "manifest.json"
+DTYPES = {
+    str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}  # fmt: skip
 _LISTED = 3  # names shown in an error
 
 
@@ -49,17 +52,17 @@ def save(
     manifest: dict[str, Any] = {
         "stages": list(stages),
         "config": json.loads(model.config.to_json()),
-        "dtype": str(model.language_model.lm_head.weight.dtype).removeprefix("torch."),
+        "dtype": next(
+            n for n, t in DTYPES.items() if t == model.language_model.lm_head.weight.dtype
+        ),
         "files": {role: _write(directory, role, tensors) for role, tensors in files.items()},
         "training": training.state if training else None,
     }
     write_manifest(directory / MANIFEST, manifest)
     kept = {facts["name"] for facts in manifest["files"].values()}
     left_behind = (*directory.glob("*-*.safetensors"), *directory.glob(".*.safetensors.*"))
-    for old in (
-        *left_behind,
-        *directory.glob(f".{MANIFEST}.*"),
-    ):  # also of a writer that was killed
+    # also what a writer that was killed has left
+    for old in (*left_behind, *directory.glob(f".{MANIFEST}.*")):
         if old.name not in kept:
             old.unlink()
 
@@ -74,8 +77,7 @@ def _write(directory: Path, role: str, tensors: dict[str, torch.Tensor]) -> dict
     content = save_tensors({name: t.detach().contiguous() for name, t in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     name = f"{role}-{digest[:12]}.safetensors"
-    if not (directory / name).exists():
-        write_file(directory / name, content)
+    write_file(directory / name, content)
     return {"name": name, "sha256": digest, "bytes": len(content)}
 
 
@@ -117,21 +119,22 @@ def load(directory: Path) -> Checkpoint:
         CheckpointError: Missing, truncated or altered file; missing, extra or wrong-shape tensors.
     """
     manifest = read_manifest(directory / MANIFEST)
-    path = directory / manifest["files"]["model"]["name"]
     try:
         config = MMConfig.from_json(json.dumps(manifest["config"]))
-    except ValueError as error:
+        path = directory / manifest["files"]["model"]["name"]
+        stages, dtype = tuple(manifest["stages"]), DTYPES[manifest["dtype"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / MANIFEST}: {error}") from None
     read = {role: _read_tensors(directory, facts) for role, facts in manifest["files"].items()}
-    model = MMLLM(config).to(getattr(torch, manifest["dtype"]))
+    model = MMLLM(config).to(dtype)
     check_tensors(path, read["model"], _own_tensors(model))
     model.load_state_dict(read["model"], strict=False)
     training = Training(read["training"], manifest["training"]) if "training" in read else None
-    return Checkpoint(model, tuple(manifest["stages"]), training)
+    return Checkpoint(model, stages, training)
 
 
 def _read_tensors(directory: Path, facts: dict[str, Any]) -> dict[str, torch.Tensor]:
-    path = directory / facts["name"]
+    path = directory / Path(facts["name"]).name  # of this folder, whatever the manifest says
     content = _read(path)
     if len(content) != facts["bytes"]:
         raise CheckpointError(

@@ -27,14 +27,20 @@ from mmkernels.ops import (
 )
 from mmkernels.version import __version__
 
+# hf is made of the ops above.
+# isort: split
+from mmkernels.hf import NothingToPatch, Patched, patch
+
 load_native()
 
 __all__ = [
     "OPS",
     "CompactedKV",
     "Norm",
+    "NothingToPatch",
     "PackPlan",
     "PackedPatches",
+    "Patched",
     "RopeTable",
     "__version__",
     "backend",
@@ -46,6 +52,7 @@ __all__ = [
     "pack_bins",
     "pack_embeddings",
     "paged_attention",
+    "patch",
     "patch_embed",
     "patch_embed_packed",
     "patch_merge",

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "mmkernels"
 ROOMS = {
+    "hf": {"hf", "nn", "cache", "ops", "backends", "checks"},
     "ops": {"ops", "backends", "checks", "testing"},
     "testing": {"testing", "backends"},
     "nn": {"nn", "ops", "backends", "checks"},

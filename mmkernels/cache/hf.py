@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mmkernels.cache.pool import PagePool
 from mmkernels.cache.sequences import PagedKVCache
-from mmkernels.ops import paged_attention
+from mmkernels.ops.paged_attention import paged_attention
 
 NAME = "mmkernels_paged"
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from mmkernels.cache.pool import OutOfPages, PagePool
-from mmkernels.ops import compact_kv
+from mmkernels.ops.compact_kv import compact_kv
 
 
 class Appended(NamedTuple):

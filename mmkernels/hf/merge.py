@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``masked_scatter`` of whole rows, in the methods of a model that place features among its tokens.
+
+A method's own source is compiled again with ``x.masked_scatter(mask, source)`` as ``scatter_rows(x, mask, source)``,
+which is the same function of the same arguments: no model is described here, and nothing else of the method changes.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmkernels import merge_embeddings
+from mmkernels.hf.row import Found
+
+NAME = "masked_scatter"
+
+
+def scatter_rows(
+    inputs: torch.Tensor, mask: torch.Tensor, source: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
+    """``inputs.masked_scatter(mask, source)`` by rows where the mask is one: ``[..., 1]``, or that expanded.
+
+    Raises:
+        ValueError: More rows in ``source`` than places (``masked_scatter`` leaves them out), or fewer.
+    """
+    D = inputs.shape[-1] if inputs.dim() else 0
+    by_row = mask.dim() > 0 and (mask.shape[-1] == 1 or mask.stride(-1) == 0)
+    same = source.dtype == inputs.dtype and inputs.is_floating_point() and mask.dtype == torch.bool
+    if not by_row or not same or D == 0 or source.numel() % D or inputs.dim() < 2:
+        return inputs.masked_scatter(mask, source)
+    places = mask[..., 0].expand(inputs.shape[:-1])
+    return merge_embeddings(
+        places.long(), None, [source.reshape(-1, D)], feature_token_ids=[1], inputs_embeds=inputs
+    )
+
+
+def scattering(module: nn.Module) -> Iterator[Found | str]:
+    """One for every method of the module's class that scatters."""
+    for name in dir(type(module)):
+        method = inspect.getattr_static(type(module), name)
+        function = inspect.unwrap(method) if inspect.isfunction(method) else None
+        code = getattr(function, "__code__", None)
+        if code is None or NAME not in code.co_names:
+            continue
+        try:
+            run = rewritten(function)
+        except (OSError, SyntaxError, ValueError) as error:
+            yield f"{name}: its source cannot be compiled again: {error}"
+            continue
+        yield Found("merge_embeddings", functools.partial(_call, run), None, method=name)
+
+
+def _call(run: Any, module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
+    return run(module, *args, **kwargs)
+
+
+class _Scatter(ast.NodeTransformer):
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        scatters = isinstance(node.func, ast.Attribute) and node.func.attr == NAME
+        if not scatters or len(node.args) != 2 or node.keywords:
+            return node
+        assert isinstance(node.func, ast.Attribute)
+        name = ast.Name("_scatter_rows", ast.Load())
+        return ast.copy_location(ast.Call(name, [node.func.value, *node.args], []), node)
+
+
+@functools.cache
+def rewritten(function: Any) -> Any:
+    """The function with its decorators, compiled from its source in its own globals, ``auto_docstring`` left out."""
+    lines, first = inspect.getsourcelines(function)
+    (definition,) = ast.parse(textwrap.dedent("".join(lines))).body
+    if not isinstance(definition, ast.FunctionDef):
+        raise ValueError("not a function")
+    definition.decorator_list = [
+        d for d in definition.decorator_list if "auto_docstring" not in ast.dump(d)
+    ]
+    free = function.__code__.co_freevars
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    make = ast.parse(f"def make(_scatter_rows, {', '.join(free)}): return {definition.name}").body[
+        0
+    ]
+    assert isinstance(make, ast.FunctionDef)
+    make.body.insert(0, _Scatter().visit(definition))
+    tree = ast.fix_missing_locations(ast.Module([make], []))
+    ast.increment_lineno(tree, first - 1)  # tracebacks show the model's own file
+    made: dict[str, Any] = {}
+    exec(compile(tree, inspect.getfile(function), "exec"), function.__globals__, made)
+    return made["make"](scatter_rows, *cells)

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mmkernels.patch``: how it replaces, gives back, refuses and reports. The classes are in ``test_patch_classes``."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+import transformers as tf
+from packed_models import MODELS, samples
+from test_packed_models import padded
+
+import mmkernels
+from mmkernels.hf.merge import scatter_rows
+
+LLAVA, QWEN = MODELS[0], MODELS[4]
+CLIP = {"hidden_size": 24, "image_size": 16, "patch_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32}  # fmt: skip
+
+
+def clip() -> Any:
+    torch.manual_seed(0)
+    return tf.CLIPVisionModel(tf.CLIPVisionConfig(**CLIP)).eval()
+
+
+def pixels() -> torch.Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def out(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**inputs).logits
+    return found
+
+
+def replaced(patched: mmkernels.Patched) -> dict[str, str]:
+    return {line.module: line.op for line in patched.lines if not line.why_not}
+
+
+@pytest.mark.parametrize("entry", [LLAVA, QWEN], ids=lambda e: e.kind)
+def test_parts_go_through_the_ops_and_come_back(entry: Any, monkeypatch: Any) -> None:
+    """Same numbers; every op named in the report is called; ``remove`` gives the same bits."""
+    model, inputs = entry.build().eval(), padded(samples(entry))
+    before, keys = out(model, inputs), list(model.state_dict())
+    patched = mmkernels.patch(model)
+    assert list(model.state_dict()) == keys
+    with torch.profiler.profile() as trace:
+        after = out(model, inputs)
+    ran = {e.name for e in trace.events()}
+    assert {"mmkernels::patch_embed", "mmkernels::merge_embeddings"} <= ran
+    assert ("mmkernels::mrope_positions" in ran) == (entry is QWEN)
+    assert not any("masked_scatter" in name for name in ran)
+    assert 0 < (after - before).abs().max() <= 1e-5 * before.abs().max()
+    patched.remove()
+    assert torch.equal(out(model, inputs), before)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_twice_is_once() -> None:
+    model = LLAVA.build().eval()
+    first, second = mmkernels.patch(model), mmkernels.patch(model)
+    assert first.lines == second.lines
+    methods = [m.forward for m in model.modules() if "forward" in m.__dict__]
+    assert methods and not any(hasattr(m.func, "mmkernels_op") for m in methods)
+    second.remove()
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    first.remove()
+
+
+def test_as_a_context() -> None:
+    model = clip()
+    with mmkernels.patch(model) as patched:
+        assert replaced(patched)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_report(capsys: Any) -> None:
+    mmkernels.patch(clip()).report()
+    lines = capsys.readouterr().out.splitlines()
+    assert any("embeddings" in n and "→ patch_embed + positions + prefix" in n for n in lines)
+
+
+def test_a_copy_is_patched_and_its_own() -> None:
+    model = clip()
+    mmkernels.patch(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    assert other(pixels()).last_hidden_state.abs().max() == 0
+    assert model(pixels()).last_hidden_state.abs().max() > 0
+
+
+def test_nothing_to_replace_is_an_error() -> None:
+    with pytest.raises(mmkernels.NothingToPatch, match="Linear has nothing to replace"):
+        mmkernels.patch(nn.Linear(2, 2))
+    with pytest.raises(mmkernels.NothingToPatch, match="for \\['merge'\\]"):
+        mmkernels.patch(clip(), patch_embed=False, projector=False, positions=False)
+
+
+def test_hooks_of_the_module_still_run() -> None:
+    model, seen = clip(), []
+    conv = model.get_submodule("embeddings.patch_embedding")
+    embeddings = model.get_submodule("embeddings")
+    embeddings.register_forward_hook(lambda *_: seen.append("embeddings"))
+    mmkernels.patch(model)
+    model(pixels())
+    assert seen == ["embeddings"]
+    # Hung up later: from then on its layer must be called.
+    conv.register_forward_hook(lambda *_: seen.append("conv"))
+    model(pixels())
+    assert seen == ["embeddings", "conv", "embeddings"]
+
+
+def why_not(model: nn.Module, module: str, **options: Any) -> str:
+    """The reason in the report; the parts left over keep their numbers."""
+    x = pixels()
+    with torch.no_grad():
+        before = model(x).last_hidden_state
+        try:
+            lines = mmkernels.patch(model, **options).lines
+        except mmkernels.NothingToPatch as error:
+            return str(error)
+        assert (model(x).last_hidden_state - before).abs().max() <= 1e-5 * before.abs().max()
+    return " ".join(line.why_not for line in lines if line.module == module)
+
+
+EMBEDDINGS = "embeddings"
+CONV = "embeddings.patch_embedding"
+
+
+def test_a_forward_that_computes_something_else_is_left_alone() -> None:
+    model = clip()
+
+    class Louder(type(model.get_submodule(EMBEDDINGS))):  # type: ignore[misc]
+        def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+            return 2 * super().forward(pixel_values, **kwargs)
+
+    model.get_submodule(EMBEDDINGS).__class__ = Louder
+    assert "a trial call differs by" in why_not(model, EMBEDDINGS)
+
+
+def test_a_renamed_attribute_is_no_obstacle_where_the_structure_stays() -> None:
+    """Names are not what is looked at."""
+    model = clip()
+    embeddings = model.get_submodule(EMBEDDINGS)
+
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(embeddings.class_embedding.detach())
+            self.cut = embeddings.patch_embedding
+            self.where = embeddings.position_embedding
+
+        def forward(
+            self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
+        ) -> torch.Tensor:
+            rows = self.cut(pixel_values).flatten(2).transpose(1, 2)
+            return torch.cat([self.first.expand(len(rows), 1, -1), rows], 1) + self.where.weight
+
+    where = model.get_submodule("vision_model") if hasattr(model, "vision_model") else model
+    where.embeddings = Renamed()
+    assert why_not(model, EMBEDDINGS) == ""
+
+
+def test_layers_that_are_more_than_their_parameters_are_left_alone() -> None:
+    model = clip()
+
+    class Quantised(nn.Conv2d):
+        pass
+
+    model.get_submodule(CONV).__class__ = Quantised
+    assert "is a Quantised" in why_not(model, CONV)
+    model = clip()
+    model.get_submodule(CONV).forward = model.get_submodule(CONV).forward
+    assert "has a forward of its own" in why_not(model, CONV)
+    model = clip()
+    model.twin = nn.Conv2d(3, 24, 4, 4, bias=False)
+    model.twin.weight = model.get_submodule(CONV).weight
+    assert "shares a parameter" in why_not(model, CONV)
+
+
+def test_strict_raises_and_replaces_nothing() -> None:
+    model = clip()
+    model.get_submodule(CONV).forward = model.get_submodule(CONV).forward
+    with pytest.raises(ValueError, match="left alone under strict"):
+        mmkernels.patch(model, strict=True)
+    assert "forward" not in model.get_submodule(EMBEDDINGS).__dict__
+    mmkernels.patch(clip(), strict=True)
+
+
+def test_a_model_without_weights_is_left_alone() -> None:
+    with torch.device("meta"):
+        model = tf.CLIPVisionModel(tf.CLIPVisionConfig(**CLIP))
+    with pytest.raises(mmkernels.NothingToPatch, match="on the meta device: patch after loading"):
+        mmkernels.patch(model)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 4), (7, 4)])
+def test_scatter_rows_is_masked_scatter(shape: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, places = torch.randn(shape, generator=g), torch.rand(shape[:-1], generator=g) < 0.5
+    source = torch.randn(int(places.sum()), shape[-1], generator=g)
+    for mask in (
+        places[..., None],
+        places[..., None].expand(shape),
+        places[..., None].expand(shape).contiguous(),
+    ):
+        given = [t.clone().requires_grad_() for t in (x, source)]
+        expected = given[0].masked_scatter(mask, given[1])
+        grads = torch.autograd.grad(expected.square().sum(), given)
+        got = scatter_rows(given[0], mask, given[1])
+        assert torch.equal(got, expected)
+        assert all(map(torch.equal, torch.autograd.grad(got.square().sum(), given), grads))
+    with pytest.raises(ValueError, match="features"):
+        scatter_rows(x, places[..., None], torch.cat([source, source]))
+
+
+def test_the_interpolated_call_goes_to_the_model() -> None:
+    model = clip()
+    big = torch.randn(1, 3, 24, 32)
+    with torch.no_grad():
+        before = model(big, interpolate_pos_encoding=True).last_hidden_state
+        mmkernels.patch(model)
+        after = model(big, interpolate_pos_encoding=True).last_hidden_state
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+    with pytest.raises(ValueError, match="doesn't match"):
+        model(big)

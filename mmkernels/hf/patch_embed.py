@@ -95,8 +95,11 @@ def _names(module: nn.Module) -> Names | None:
     if len(convs) != 1 or convs[0] == "":
         return None
     conv: Any = module.get_submodule(convs[0])
-    if not isinstance(convolution(conv), Found):
+    if not isinstance(conv, nn.Conv2d) or not isinstance(convolution(conv), Found):
         return None
+    layers = {m for m in module.modules() if hasattr(m, "weight") and m is not conv}
+    if not all(isinstance(m, nn.Embedding) for m in layers):
+        return None  # a norm
     others = {n: p for n, p in module.named_parameters() if not n.startswith(convs[0] + ".")}
     if not others or any(p.shape[-1:] != (conv.out_channels,) for p in others.values()):
         return None
@@ -110,9 +113,7 @@ def _names(module: nn.Module) -> Names | None:
 
 def _side(module: nn.Module, names: Names) -> tuple[int, ...] | None:
     """Pixels (h, w) that the table of positions is for; without one, any will do."""
-    conv = module.get_submodule(names.conv)
-    if not isinstance(conv, nn.Conv2d):
-        return None
+    conv: Any = module.get_submodule(names.conv)
     if names.position is None:
         return (2 * conv.kernel_size[0], 3 * conv.kernel_size[1])
     rows = _rows(module, names.position, conv.out_channels).shape[0]

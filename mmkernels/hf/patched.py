@@ -4,15 +4,12 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 from torch import nn
 
 from mmkernels.hf import merge
 from mmkernels.hf.row import Found, attach, is_ours, refusal
 from mmkernels.hf.table import ROWS
-
-PARTS = ("patch_embed", "projector", "merge", "positions", "cache")
 
 
 class NothingToPatch(ValueError):
@@ -133,7 +130,7 @@ def _look(model: nn.Module, parts: set[str], patched: Patched) -> list[tuple[nn.
     shared = frozenset(i for i, count in names.items() if count > 1)
     todo = []
     for name, module in model.named_modules():
-        for part, found in _candidates(model, module, parts):
+        for part, found in _candidates(name, module, parts):
             line = name or type(module).__name__
             if isinstance(found, str):
                 patched.lines.append(Line(line, part, "", found))
@@ -152,15 +149,10 @@ def _look(model: nn.Module, parts: set[str], patched: Patched) -> list[tuple[nn.
     return todo
 
 
-def _candidates(
-    model: nn.Module, module: nn.Module, parts: set[str]
-) -> list[tuple[str, Found | str]]:
-    found = [(row.part, row.find(module)) for row in ROWS if row.part in parts]
+def _candidates(name: str, module: nn.Module, parts: set[str]) -> list[tuple[str, Found | str]]:
+    found = [
+        (row.part, row.find(module)) for row in ROWS if row.part in parts and row.within in name
+    ]
     if "merge" in parts:
         found += [("merge", f) for f in merge.scattering(module)]
     return [(part, f) for part, f in found if f is not None]
-
-
-def is_patched(model: Any) -> bool:
-    """Whether any of its modules has a replaced method."""
-    return any(is_ours(v) for m in model.modules() for v in m.__dict__.values())

@@ -40,10 +40,6 @@ def qformer(module: Any) -> Found | str | None:
         module, "query key value", "num_attention_heads", "attention_head_size", "attention_dropout"
     ):
         return None
-    if module.key.in_features == module.query.in_features and not getattr(
-        module, "is_cross_attention", False
-    ):
-        return None  # self-attention (of equal widths it is not told apart, and left alone)
     if _eager(module):
         return 'attn_implementation="eager" returns probabilities: set "sdpa"'
     return Found("cross_attention", _qformer, _queries_and_features, QKV)

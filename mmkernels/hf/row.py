@@ -40,10 +40,14 @@ class Found(NamedTuple):
 
 
 class Row(NamedTuple):
-    """``find`` gives None where a module has nothing to do with the row, and a reason where it nearly fits."""
+    """``find`` gives None where a module has nothing to do with the row, and a reason where it nearly fits.
+
+    ``within``: part of the module's name where its structure leaves open what it is for.
+    """
 
     part: str
     find: Callable[[nn.Module], Found | str | None]
+    within: str = ""
 
 
 class NotTaken(Exception):

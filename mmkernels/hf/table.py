@@ -7,7 +7,7 @@ from mmkernels.hf.row import Row
 ROWS = (
     Row("patch_embed", patch_embed.embeddings),
     Row("patch_embed", patch_embed.convolution),
-    Row("projector", projector.qformer),
+    Row("projector", projector.qformer, within="crossattention"),  # self-attention looks the same
     Row("projector", projector.attention_pool),
     Row("projector", projector.perceiver),
     Row("projector", projector.flamingo),

@@ -34,10 +34,11 @@ def scatter_rows(
     same = source.dtype == inputs.dtype and inputs.is_floating_point() and mask.dtype == torch.bool
     if not by_row or not same or D == 0 or source.numel() % D or inputs.dim() < 2:
         return inputs.masked_scatter(mask, source)
-    places = mask[..., 0].expand(inputs.shape[:-1])
-    return merge_embeddings(
-        places.long(), None, [source.reshape(-1, D)], feature_token_ids=[1], inputs_embeds=inputs
-    )
+    places = mask[..., 0].expand(inputs.shape[:-1]).long()
+    with torch.autocast(inputs.device.type, enabled=False):  # which leaves masked_scatter alone
+        return merge_embeddings(
+            places, None, [source.reshape(-1, D)], feature_token_ids=[1], inputs_embeds=inputs
+        )
 
 
 def scattering(module: nn.Module) -> Iterator[Found | str]:

@@ -136,6 +136,8 @@ def _embed(
 ) -> Any:  # fmt: skip
     conv: Any = module.get_submodule(names.conv)
     asked = [v for v in (*args, *kwargs.values()) if v is not None and v is not False]
+    # Under autocast only the convolution is cast: class token and positions stay, and the sum, in the model's dtype.
+    asked += [True] * torch.is_autocast_enabled(pixel_values.device.type)
     fixed = names.position is None or tuple(pixel_values.shape[2:]) == side
     if asked or not fixed or pixel_values.dim() != 4 or not intact(conv):
         return original(pixel_values, *args, **kwargs)

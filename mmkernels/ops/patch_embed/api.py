@@ -89,7 +89,7 @@ def patch_embed(
     else:
         values, conv, stride = _images(pixel_values, weight, stride, patch_order, grid_thw)
         scale, shift = arguments.affine_of(values.shape[1], rescale_factor, image_mean, image_std)
-        sizes = []
+        sizes = [0]  # not read; AOTInductor hands an empty list to an op as None
     arguments.check_pixels("pixel_values", pixel_values, weight)
     bias, prefix_tokens = (
         arguments.bias_of(bias, weight),

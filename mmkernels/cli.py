@@ -3,6 +3,7 @@
 
 import argparse
 import io
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -160,12 +161,15 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_by(path: Path, out: Path) -> int:
-    from mmkernels.train import mixture, run
+    from mmkernels.train import mixture, run, torchrun
     from mmkernels.train.checkpoint import CheckpointError
 
     try:
         config = run.read_config(path)
         made = lambda c: mixture.Mixture(c.batch, c.tasks, c.seed)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            torchrun.train(config, out, made)
+            return 0
         asked = (
             mixture.exam(list(config.tasks or mixture.TASKS), config.exam) if config.exam else []
         )

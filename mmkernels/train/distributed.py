@@ -76,10 +76,16 @@ def save_sharded(directory: Path, model: MMLLM) -> None:
     Raises:
         CheckpointError: The folder has a checkpoint, which a kill in between would leave half.
     """
+    save_state_of(directory, model, get_model_state_dict(model), {})
+
+
+def save_state_of(
+    directory: Path, model: MMLLM, state: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """``save_sharded`` of any tensors by name; ``facts`` go into the manifest."""
     if (directory / MANIFEST).exists():
         raise CheckpointError(f"{directory}: has a checkpoint; choose a new folder")
     dist.barrier()
-    state = get_model_state_dict(model)
     writer = HuggingFaceStorageWriter(
         str(directory), fqn_to_index_mapping=dict.fromkeys(state, 1), save_distributed=True
     )
@@ -90,7 +96,7 @@ def save_sharded(directory: Path, model: MMLLM) -> None:
             p.name: hashlib.sha256(p.read_bytes()).hexdigest()
             for p in sorted(directory.rglob("*.safetensors"))
         }
-        manifest = {"config": json.loads(model.config.to_json()), "files": files}
+        manifest = {"config": json.loads(model.config.to_json()), "files": files, **facts}
         write_manifest(directory / MANIFEST, manifest)
     dist.barrier()
 
@@ -103,8 +109,13 @@ def load_sharded(directory: Path, model: MMLLM) -> None:
     """
     check_sharded(directory)
     state = get_model_state_dict(model)
-    load_state(state, storage_reader=HuggingFaceStorageReader(str(directory)))
+    load_state_of(directory, state)
     set_model_state_dict(model, state)
+
+
+def load_state_of(directory: Path, state: dict[str, Any]) -> None:
+    """Into these tensors, in place."""
+    load_state(state, storage_reader=HuggingFaceStorageReader(str(directory)))
 
 
 def check_sharded(directory: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ lr: 1.0e-3
 lora_rank: 8                # the language model learns by adapters
 ```
 
-Stopped at any time the same command goes on to the bit where the last checkpoint is.
+Stopped at any time the same command goes on to the bit where the last checkpoint is. ``torchrun.py`` is the same in
+several processes.
 """
 
 import dataclasses
@@ -89,16 +90,16 @@ def train(
     Raises:
         CheckpointError: A damaged checkpoint, or one that is not ready for this stage.
     """
-    model, stages, training = _start(config, out)
+    model, stages, training = start(config, out)
     step = AnswerLoss(model)
-    _choose(model, config)
+    choose(model, config)
     schedule = Schedule(config.steps, config.lr, config.accumulate)
     trainer = Trainer(step, streams(config), lambda batch: _mean(step, batch), schedule)
     said = json.loads(json.dumps(dataclasses.asdict(config)))
     if training is not None:
-        _check_same(out, training.state["run"], said)
+        check_same(out, training.state["run"], said)
         trainer.load(training)
-    log = _Log(out, trainer)
+    log = Log(out, trainer)
 
     def after(trainer: Trainer[list[Sample]]) -> None:
         done = len(trainer.losses)
@@ -114,8 +115,9 @@ def train(
     return trainer
 
 
-def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """What the samples, the schedule and the parts that learn follow from; how often to save or ask may change."""
+def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """CheckpointError unless both say the same of all that samples, schedule and the parts that learn follow from; how
+    often to save or ask may change."""
     free = {"save_every", "evaluate_every", "exam"}
     changed = [
         f"{n}: {before[n]!r} then, {now[n]!r} now"
@@ -138,7 +140,8 @@ def exact_match(model: MMLLM, samples: Sequence[Sample]) -> float:
     return right / max(1, len(samples))
 
 
-def _start(config: RunConfig, out: Path) -> tuple[MMLLM, tuple[str, ...], Training | None]:
+def start(config: RunConfig, out: Path) -> tuple[MMLLM, tuple[str, ...], Training | None]:
+    """The model, the stages it has had, and where a stopped training was."""
     if (out / checkpoint.MANIFEST).exists():
         found = checkpoint.load(out)
         if found.training is not None:
@@ -160,7 +163,7 @@ def _start(config: RunConfig, out: Path) -> tuple[MMLLM, tuple[str, ...], Traini
     return with_lora(model, config.lora_rank) if config.lora_rank else model, stages, None
 
 
-def _choose(model: MMLLM, config: RunConfig) -> None:
+def choose(model: MMLLM, config: RunConfig) -> None:
     """Freezes all but the parts that learn; of a language model with adapters those alone."""
     parts = config.learn or LEARNS[config.stage]
     known = {name for name, _ in model.named_children()}
@@ -179,7 +182,7 @@ def _mean(step: AnswerLoss, batch: list[Sample]) -> torch.Tensor:
     return total / max(1, count)
 
 
-class _Log:
+class Log:
     """``log.jsonl``, a line a step, and TensorBoard where it is installed."""
 
     def __init__(self, out: Path, trainer: Trainer[list[Sample]]) -> None:

@@ -77,7 +77,10 @@ class Trainer(Generic[Batch]):
                 loss = self.loss_of(next(self.stream)) / self.schedule.accumulate
             loss.backward()
             total += loss.item()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.schedule.clip)
+        norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.schedule.clip)
+        norm = (
+            norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        )  # of shards: all of them
         if bool(norm.isfinite()):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.lr * _cosine(len(self.losses), self.schedule.steps)

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo demo-full test lint full install check-torch compile-cuda compile-triton bench fuzz sanitize clean
+.PHONY: demo demo-full test lint full install check-torch check-transformers compile-cuda compile-triton bench fuzz sanitize clean
 
 install: $(INSTALLED)
 
@@ -57,7 +57,7 @@ compile-triton: install
 bench: install
 	$(PY) -m benchmarks.run
 
-full: test lint compile-cuda compile-triton fuzz sanitize
+full: test lint compile-cuda compile-triton fuzz sanitize check-transformers
 	$(PY) -m pytest -q -m full tests
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m full tests/interpreted
 	$(PY) -m pytest -q benchmarks --benchmark-disable
@@ -73,6 +73,10 @@ sanitize: install
 # The wheel under another torch, in an environment of its own (gigabytes; never in CI).
 check-torch: install
 	tests/check_torch.sh "$(PY)" torch==2.11.0
+
+# The oldest transformers whose get_rope_index takes mm_token_type_ids.
+check-transformers: install
+	tests/check_transformers.sh "$(PY)" 5.3.0
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) mmkernels/_C.so mmkernels/_build_info.json runs

@@ -45,3 +45,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     (tmp_path / "two" / "sharded.json").write_text('{"files": {}}')
     with pytest.raises(CheckpointError, match="not a checkpoint manifest"):
         check_sharded(tmp_path / "two")
+
+
+def test_ops_on_dtensors() -> None:
+    """A sharded batch, replicated arguments, lists of tensors."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    script = Path(__file__).parent / "dtensor_processes.py"
+    done = subprocess.run(
+        [*torchrun, "2", str(script)], capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]

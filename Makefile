@@ -26,6 +26,8 @@ $(INSTALLED): $(VENV)/.torch $(SOURCES)
 	touch $@
 
 demo-full: install
+	mkdir -p runs/demo-full
+	$(PY) -m benchmarks.end_to_end runs/demo-full/end_to_end.json --dtype fp32 --rounds 3
 	$(PY) -m mmkernels demo --full --out runs/demo-full
 
 demo: install

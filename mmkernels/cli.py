@@ -103,8 +103,9 @@ def _demo_full(out: Path, scale: float) -> int:
     from mmkernels.train import checkpoint, digits, figure, full, recognise
 
     began = time.perf_counter()
-    model, losses = full.train(out, scale)
-    found = full.examine(model, max(8, round(300 * min(1.0, scale))))
+    model, losses, text_before = full.train(out, scale)
+    found = full.examine(model, max(8, round(full.EXAM * min(1.0, scale))))
+    found["before it"] = {"text": text_before}
     print(full.table(found))
     pictures, asked = full.draw_digits(model, max(2, round(20 * min(1.0, scale))))
     verdict = recognise.evaluate(
@@ -112,7 +113,8 @@ def _demo_full(out: Path, scale: float) -> int:
     )
     print(verdict)
     shown = full.answered(model)
-    page = figure.draw_page(shown, pictures, losses, f"{full.table(found)}\n\n{verdict}")
+    told = f"{full.table(found)}\n\n{verdict}\n\n{full.throughput(out / 'end_to_end.json')}"
+    page = figure.draw_page(shown, pictures, losses, told)
     checkpoint.write_file(out / "demo-full.png", page)
     print(f"{time.perf_counter() - began:.0f} s; {out}/demo-full.png shows it")
     return 0

@@ -82,8 +82,9 @@ def draw_page(
     axes = figure.add_subplot(grid[3:5, 3:])
     axes.set_axis_off()
     axes.text(0, 1, scores, family="monospace", fontsize=7.5, va="top")
+    below = grid[5, :].subgridspec(1, len(losses))
     for i, (stage, values) in enumerate(losses.items()):
-        axes = figure.add_subplot(grid[5, i])
+        axes = figure.add_subplot(below[0, i])
         axes.plot(values, linewidth=0.8)
         axes.set_yscale("symlog", linthresh=1e-3)
         axes.set_title(f"{stage}: loss", fontsize=9)

@@ -7,14 +7,19 @@
 ``drawing`` generator: to draw a digit from its condition.                     Then frozen.
 ``pt``      the projectors: what frozen encoders see, so that the frozen decoder answers.
 ``it``      projectors, output projector and decoder: every task.
+``signals`` the output projector: what the decoder's signal tokens say, so that the frozen generator draws it.
 
-Frozen encoders see a pool of samples once. Dimensions: B recordings, t times, D width.
+Frozen encoders see a pool of media once; questions about them are asked anew at every step. Dimensions: B recordings,
+t times, D width.
 """
 
+import functools
+import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,13 +44,20 @@ from mmkernels.train.sample import AnswerLoss, Sample, encoded, features_of
 from mmkernels.train.trainer import Schedule, Trainer, fast_bf16, fit
 
 STEPS = {
-    "vision": 1300, "hearing": 600, "language": 700, "drawing": 1600, "pt": 700, "it": 1500,
+    "vision": 1300, "hearing": 600, "language": 900, "drawing": 1600, "pt": 700, "it": 1500, "signals": 400,
 }  # fmt: skip
-POOL = 12000
-PT_TASKS = {"caption": 1.0, "video": 1.0, "audio": 1.0}
-IT_TASKS = {
-    "image": 3.0, "caption": 0.5, "two_images": 1.0, "video": 3.0, "audio": 3.0, "image_audio": 1.5, "text": 1.0,
-    "draw": 0.5,
+POOL = 14000
+EXAM = 300  # held-out samples a task
+MEDIA = {"image": 5.0, "two_images": 1.0, "video": 3.0, "audio": 3.0, "image_audio": 2.0}
+# What learns together, by stage: tasks and their shares, parts, learning rate.
+TOGETHER = {
+    "pt": ({"caption": 1.0, "video": 1.0, "audio": 1.0}, ("projectors",), 2e-3),
+    "it": (
+        {"image": 4.0, "caption": 0.5, "two_images": 1.0, "video": 2.5, "audio": 2.5, "image_audio": 1.5, "text": 1.0,
+         "draw": 0.5},
+        ("projectors", "output_projector", "language_model"), 1e-3,
+    ),
+    "signals": ({"draw": 1.0}, ("output_projector",), 1e-3),
 }  # fmt: skip
 CONFIG = MMConfig(
     encoders={"image": VisionConfig(), "video": "image", "audio": AudioConfig(stride=8)},
@@ -60,14 +72,26 @@ CONFIG = MMConfig(
 
 
 class Pool:
-    """Batches of samples that are there already, drawn anew for every step."""
+    """Batches of questions, asked anew for every step, about media that are there already; tasks by their shares. What
+    has no media is made for the step."""
 
-    def __init__(self, samples: list[Sample], batch: int, seed: int) -> None:
-        self.samples, self.batch, self.seed, self.at = samples, batch, seed, 0
+    def __init__(self, seen: list[Sample], tasks: dict[str, float], batch: int, seed: int) -> None:
+        self.tasks, self.batch, self.seed, self.at = tasks, batch, seed, 0
+        self.about = {t: [s for s in seen if t in s.again] for t in tasks}
+        self.source = mixture.source("train")
 
     def __next__(self) -> list[Sample]:
         self.at += 1
-        return random.Random(f"{self.seed} {self.at}").choices(self.samples, k=self.batch)
+        rng = random.Random(f"{self.seed} {self.at}")
+        chosen = rng.choices(list(self.tasks), list(self.tasks.values()), k=self.batch)
+        return [self._asked(task, rng) for task in chosen]
+
+    def _asked(self, task: str, rng: random.Random) -> Sample:
+        if not self.about[task]:
+            return mixture.sample(self.source, self.seed, rng.getrandbits(30), task)
+        about = rng.choice(self.about[task])
+        kind, prompt, answer = about.again[task](rng)
+        return replace(about, kind=kind, prompt=prompt, answer=answer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.seed, "at": self.at}
@@ -110,9 +134,9 @@ def train_language(model: MMLLM, steps: int, batch: int = 32) -> list[float]:
 
 def _text_row(model: MMLLM, source: mixture.Source, rng: random.Random) -> stages.Row:
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.4:
         return stages.text_sample(model, rng)
-    if kind < 0.8:
+    if kind < 0.7:
         shown = tuple(rng.randrange(10) for _ in range(rng.randint(1, 3)))
         appear, seen = rng.choice((("appear", "shown"), ("are spoken", "said")))
         _, text, answer = mixture.sequence(rng, shown, appear, seen)
@@ -134,13 +158,12 @@ def seen_once(model: MMLLM, tasks: dict[str, float], size: int, seed: int) -> li
 def train_together(
     name: str,
     model: MMLLM,
-    samples: list[Sample],
+    pool: Pool,
     parts: tuple[str, ...],
     steps: int,
     lr: float,
-    batch: int = 48,
 ) -> list[float]:
-    """The parts named learn to answer the samples."""
+    """The parts named learn to answer."""
     stages.learn_only(model, *(model.get_submodule(p) for p in parts))
     step = AnswerLoss(model)
 
@@ -148,38 +171,49 @@ def train_together(
         total, count = step(drawn)
         return total / count
 
-    return Trainer(step, Pool(samples, batch, 13), mean, Schedule(steps, lr)).run(name)
+    return Trainer(step, pool, mean, Schedule(steps, lr)).run(name)
 
 
-def train(out: Path, scale: float = 1.0) -> tuple[MMLLM, dict[str, list[float]]]:
+class Trained(NamedTuple):
+    """``text_before``: exact match on questions without media before stage ``it``."""
+
+    model: MMLLM
+    losses: dict[str, list[float]]
+    text_before: float
+
+
+def train(out: Path, scale: float = 1.0) -> Trained:
     """Every stage for its steps times ``scale``; a checkpoint after each."""
     torch.manual_seed(0)
-    model, losses = MMLLM(CONFIG), {}
+    model, losses, text_before = MMLLM(CONFIG), {}, 0.0
     done: tuple[str, ...] = ()
     scans, size = digits.load_scans("train"), max(64, round(POOL * min(1.0, scale)))
-    run = {
+    seen: list[Sample] = []
+
+    def together(name: str, steps: int) -> list[float]:
+        seen.extend([] if seen else seen_once(model, MEDIA, size, 1))
+        tasks, parts, lr = TOGETHER[name]
+        return train_together(name, model, Pool(seen, tasks, 48, 13), parts, steps, lr)
+
+    run: dict[str, Callable[[int], list[float]]] = {
         "vision": lambda n: stages.train_vision(model, scans, n),
         "hearing": lambda n: train_hearing(model, speech.load_spoken("train"), n),
         "language": lambda n: train_language(model, n),
         "drawing": lambda n: train_generator(_there(model.generator), scans, n),
-        "pt": lambda n: train_together(
-            "pt", model, seen_once(model, PT_TASKS, size, 1), ("projectors",), n, 2e-3
-        ),
-        "it": lambda n: train_together(
-            "it", model, seen_once(model, IT_TASKS, size, 2),
-            ("projectors", "output_projector", "language_model"), n, 1e-3,
-        ),
-    }  # fmt: skip
+        **{name: functools.partial(together, name) for name in TOGETHER},
+    }
     for name, stage in run.items():
+        if name == "it":
+            text_before = exact_match(model, mixture.exam(["text"], EXAM))
         torch.manual_seed(0)
         losses[name] = stage(max(1, round(STEPS[name] * scale)))
         model.requires_grad_(True)
         done = (*done, name)
         checkpoint.save(out, model, done)
-    return model, losses
+    return Trained(model, losses, text_before)
 
 
-def examine(model: MMLLM, each: int = 300) -> dict[str, dict[str, float]]:
+def examine(model: MMLLM, each: int = EXAM) -> dict[str, dict[str, float]]:
     """Exact match of every task on held-out scans and speakers, of pictures at held-out scales, without media, and with
     a neighbour's media."""
     tasks = [t for t in mixture.TASKS if t != "draw"]
@@ -244,3 +278,19 @@ def answered(model: MMLLM, each: int = 3) -> list[tuple[Sample, str]]:
     with torch.no_grad():
         features = features_of(model, samples)
     return list(zip(samples, answer(model, [s.prompt for s in samples], features), strict=True))
+
+
+def throughput(path: Path) -> str:
+    """What ``benchmarks.end_to_end`` has measured, if it has: packed through the kernels beside padded eager."""
+    if not path.exists():
+        return ""
+    lines = []
+    for row in json.loads(path.read_text())["rows"]:
+        unit = next(k for k in row["ours"] if k.endswith("_per_s"))
+        each = ", ".join(
+            f"{name} {row[name][unit]:.2f} (ours {times:.2f} x)"
+            for name, times in row["speedup"].items()
+        )
+        what = unit.removesuffix("_per_s")
+        lines.append(f"{row['row']}, {row['dtype']}: {row['ours'][unit]:.2f} {what}/s; {each}")
+    return "\n".join(lines)

@@ -7,14 +7,14 @@ and speakers that no training sample has.
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from mmkernels.train import digits, questions, speech
 from mmkernels.train.digits import BACKGROUND, Scans
-from mmkernels.train.sample import Sample
+from mmkernels.train.sample import Ask, Asked, Sample
 from mmkernels.train.speech import Spoken
 
 FRAMES = 4
@@ -53,24 +53,36 @@ class Draw:
 def image(d: Draw) -> Sample:
     """The questions of the image demo."""
     pixels, shown = d.picture()
-    asked = questions.ask(questions.Scene(shown, ()), d.rng)
-    return Sample(f"image {asked.kind}", f"<image>{asked.text}", asked.answer, (("image", pixels),))
+    scene = questions.Scene(shown, ())
+
+    def ask(rng: random.Random) -> Asked:
+        asked = questions.ask(scene, rng)
+        return f"image {asked.kind}", f"<image>{asked.text}", asked.answer
+
+    def describe(rng: random.Random) -> Asked:
+        prompt = rng.choice(questions.CAPTION_PROMPTS)
+        return "caption", f"<image>{prompt}", questions.caption(scene)
+
+    return _asked(d, {"image": ask, "caption": describe}, (("image", pixels),))
 
 
 def caption(d: Draw) -> Sample:
-    pixels, shown = d.picture()
-    prompt = d.rng.choice(questions.CAPTION_PROMPTS)
-    said = questions.caption(questions.Scene(shown, ()))
-    return Sample("caption", f"<image>{prompt}", said, (("image", pixels),))
+    made = image(d)
+    kind, prompt, answer = made.again["caption"](d.rng)
+    return replace(made, kind=kind, prompt=prompt, answer=answer)
 
 
 def two_images(d: Draw) -> Sample:
     (a, left), (b, right) = d.picture(1), d.picture(1)
     answer = "same" if left == right else "first" if left > right else "second"
-    text = d.rng.choice(
-        ("which picture has the larger digit?", "where is the larger digit, first or second?")
-    )
-    return Sample("two images", f"<image> and <image> {text}", answer, (("image", a), ("image", b)))
+
+    def ask(rng: random.Random) -> Asked:
+        text = rng.choice(
+            ("which picture has the larger digit?", "where is the larger digit, first or second?")
+        )
+        return "two images", f"<image> and <image> {text}", answer
+
+    return _asked(d, {"two_images": ask}, (("image", a), ("image", b)))
 
 
 def video(d: Draw) -> Sample:
@@ -79,22 +91,25 @@ def video(d: Draw) -> Sample:
     drawn = digits.draw_counts(
         d.source.scans, torch.tensor([int(t in moments) for t in range(FRAMES)]), d.generator, d.source.size_px
     )  # fmt: skip
-    kind, text, answer = sequence(
-        d.rng, tuple(drawn.digits[moments, 0].tolist()), "appear", "shown"
-    )
-    return Sample(f"video {kind}", f"<video>{text}", answer, (("video", drawn.pixel_values),))
+    shown = tuple(drawn.digits[moments, 0].tolist())
+
+    def ask(rng: random.Random) -> Asked:
+        kind, text, answer = sequence(rng, shown, "appear", "shown")
+        return f"video {kind}", f"<video>{text}", answer
+
+    return _asked(d, {"video": ask}, (("video", drawn.pixel_values),))
 
 
 def audio(d: Draw) -> Sample:
     """One to three digits said."""
     said = tuple(d.rng.randrange(10) for _ in range(d.rng.randint(1, 3)))
-    kind, text, answer = sequence(d.rng, said, "are spoken", "said")
-    return Sample(
-        f"audio {kind}",
-        f"<audio>{text}",
-        answer,
-        (("audio", speech.say(d.source.spoken, said, d.rng)),),
-    )
+    waveform = speech.say(d.source.spoken, said, d.rng)
+
+    def ask(rng: random.Random) -> Asked:
+        kind, text, answer = sequence(rng, said, "are spoken", "said")
+        return f"audio {kind}", f"<audio>{text}", answer
+
+    return _asked(d, {"audio": ask}, (("audio", waveform),))
 
 
 def image_audio(d: Draw) -> Sample:
@@ -102,11 +117,15 @@ def image_audio(d: Draw) -> Sample:
     others = [x for x in range(10) if x not in shown]
     there = d.rng.random() < 0.5
     said = d.rng.choice(shown if there else others)
-    text = d.rng.choice(
-        ("is the spoken digit in the picture?", "does the picture show the digit that is said?")
-    )
     media = (("image", pixels), ("audio", speech.say(d.source.spoken, (said,), d.rng)))
-    return Sample("image and audio", f"<image><audio>{text}", "yes" if there else "no", media)
+
+    def ask(rng: random.Random) -> Asked:
+        text = rng.choice(
+            ("is the spoken digit in the picture?", "does the picture show the digit that is said?")
+        )
+        return "image and audio", f"<image><audio>{text}", "yes" if there else "no"
+
+    return _asked(d, {"image_audio": ask}, media)
 
 
 def text(d: Draw) -> Sample:
@@ -128,6 +147,12 @@ def drawing(d: Draw) -> Sample:
     return Sample(
         "draw", prompt.format(word), d.rng.choice(("here it is.", "as you wish.")), draw=digit
     )
+
+
+def _asked(d: Draw, asks: dict[str, Ask], media: tuple[tuple[str, torch.Tensor], ...]) -> Sample:
+    """The first question about media, with the way to ask again."""
+    kind, prompt, answer = next(iter(asks.values()))(d.rng)
+    return Sample(kind, prompt, answer, media, again=asks)
 
 
 TASKS: dict[str, Callable[[Draw], Sample]] = {

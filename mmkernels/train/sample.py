@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One instruction: what is shown and asked, and what is to be said."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -12,18 +13,22 @@ from mmkernels.models.features import join, select
 from mmkernels.train.drawing import image_loss
 from mmkernels.train.stages import answer_total, row_of
 
+Asked = tuple[str, str, str]  # kind, prompt, answer
+Ask = Callable[[random.Random], Asked]
+
 
 @dataclass(frozen=True)
 class Sample:
     """``prompt`` holds a placeholder for each medium, in order: image uint8 ``[3, H, W]``, video uint8
     ``[T, 3, H, W]``, audio float ``[n]`` in -1…1, or what the encoder has made of it. ``draw``: the digit to be drawn,
-    if the answer is a picture."""
+    if the answer is a picture. ``again``: by task, another question about the same media."""
 
     kind: str
     prompt: str
     answer: str
     media: tuple[tuple[str, torch.Tensor | Features], ...] = ()
     draw: int | None = None
+    again: Mapping[str, Ask] = field(default_factory=dict, compare=False, repr=False)
 
 
 def features_of(model: MMLLM, samples: Sequence[Sample]) -> dict[str, Features]:

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo demo-full test lint full install check-torch check-transformers compile-cuda compile-triton bench fuzz sanitize clean
+.PHONY: demo demo-full test lint full install check-torch check-transformers gpu-check compile-cuda compile-triton bench fuzz sanitize clean
 
 install: $(INSTALLED)
 
@@ -79,6 +79,10 @@ check-torch: install
 # The oldest transformers whose get_rope_index takes mm_token_type_ids.
 check-transformers: install
 	tests/check_transformers.sh "$(PY)" 5.3.0
+
+# On a machine with a GPU: build, bounds, streams, graphs, the table; results in benchmarks/results/<gpu>.
+gpu-check:
+	$(or $(GPU_PYTHON),python3) -m benchmarks.gpu_check
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) mmkernels/_C.so mmkernels/_build_info.json runs

@@ -149,3 +149,25 @@ def test_every_op_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {job.op for job in rows.jobs()} == set(OPS)
     quick = {(job.case.name, job.direction) for job in rows.jobs()} & set(rows.QUICK)
     assert quick == set(rows.QUICK)
+
+
+def test_compare_tells_slower_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond the spread of both runs, and at least 5 %; a row that is gone counts."""
+    from benchmarks import compare
+
+    def table(name: str, *speedups: float, p80: float = 1.01) -> Path:
+        times = {"ours": {"median": 1.0, "p20": 1.0, "p80": p80}}
+        found = [
+            record.Row("op", str(i), "fp32", "fwd", "cpu", times_s=times, speedup={"eager": s})
+            for i, s in enumerate(speedups)
+        ]
+        record.new_run({}, found).save(tmp_path / name)
+        return tmp_path / name
+
+    before = table("before.json", 2.0, 2.0, 2.0)
+    assert compare.main([str(before), str(table("same.json", 1.93, 2.0, 2.07))]) == 0
+    assert "0 slower, 0 faster, 3 same" in capsys.readouterr().out
+    assert compare.main([str(before), str(table("after.json", 1.85, 2.3))]) == 1
+    told = capsys.readouterr().out
+    assert "slower  op 0" in told and "faster  op 1" in told and "the row is gone" in told
+    assert compare.main([str(before), str(table("noisy.json", 1.85, 2.0, 2.0, p80=1.2))]) == 0

@@ -36,6 +36,31 @@ def out(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return found
 
 
+def test_positions_of_another_rule_are_left_alone() -> None:
+    """A film is in the trial call: transformers 5.3 numbers films otherwise, pictures alike."""
+    model = QWEN.build().eval()
+
+    class Older(type(model.model)):  # type: ignore[misc]
+        pass
+
+    def get_rope_index(self: Any, *args: Any, **kwargs: Any) -> Any:
+        positions, deltas = super(Older, self).get_rope_index(*args, **kwargs)
+        return (positions + (kwargs.get("video_grid_thw", args[3]) is not None), deltas)
+
+    def told() -> str:
+        lines = mmkernels.patch(model).lines
+        return next(line.why_not for line in lines if line.part == "positions")
+
+    get_rope_index.__module__ = type(model.model).__module__
+    model.model.__class__ = Older
+    Older.get_rope_index = type(model.model).__mro__[1].get_rope_index
+    with mmkernels.patch(model) as patched:
+        assert "positions" in {line.part for line in patched.lines if not line.why_not}
+    Older.get_rope_index = get_rope_index
+    get_rope_index.__wrapped__ = Older.__mro__[1].get_rope_index  # its signature
+    assert "a trial call differs" in told()
+
+
 def replaced(patched: mmkernels.Patched) -> dict[str, str]:
     return {line.module: line.op for line in patched.lines if not line.why_not}
 
@@ -103,8 +128,7 @@ def test_nothing_to_replace_is_an_error() -> None:
 
 def test_hooks_of_the_module_still_run() -> None:
     model, seen = clip(), []
-    conv = model.get_submodule("embeddings.patch_embedding")
-    embeddings = model.get_submodule("embeddings")
+    conv, embeddings = model.get_submodule(CONV), model.get_submodule(EMBEDDINGS)
     embeddings.register_forward_hook(lambda *_: seen.append("embeddings"))
     mmkernels.patch(model)
     model(pixels())
@@ -128,8 +152,8 @@ def why_not(model: nn.Module, module: str, **options: Any) -> str:
     return " ".join(line.why_not for line in lines if line.module == module)
 
 
-EMBEDDINGS = "embeddings"
-CONV = "embeddings.patch_embedding"
+EMBEDDINGS = next(n for n, _ in clip().named_modules() if n.endswith("embeddings"))
+CONV = f"{EMBEDDINGS}.patch_embedding"
 
 
 def test_a_forward_that_computes_something_else_is_left_alone() -> None:
@@ -161,7 +185,7 @@ def test_a_renamed_attribute_is_no_obstacle_where_the_structure_stays() -> None:
             rows = self.cut(pixel_values).flatten(2).transpose(1, 2)
             return torch.cat([self.first.expand(len(rows), 1, -1), rows], 1) + self.where.weight
 
-    where = model.get_submodule("vision_model") if hasattr(model, "vision_model") else model
+    where = model.get_submodule(EMBEDDINGS.rpartition(".")[0])
     where.embeddings = Renamed()
     assert why_not(model, EMBEDDINGS) == ""
 

@@ -112,6 +112,7 @@ class Entry:
     several: bool = True
     generates: bool = True
     extra: Callable[[int], Inputs] = lambda samples: {}
+    since: tuple[int, int] = (5, 3)  # an older transformers wants other inputs
 
     @property
     def name(self) -> str:
@@ -161,7 +162,8 @@ def _tokens(entry: Entry, media: Inputs, kind: str) -> list[int]:
         return [entry.count] * len(media[values])
     model = _model(entry)
     model = model if hasattr(model, method) else model.model
-    found = getattr(model, method)(**media, return_dict=True).pooler_output
+    rest = {k: v for k, v in media.items() if k != values}
+    found = getattr(model, method)(media[values], **rest, return_dict=True).pooler_output
     if torch.is_tensor(found):
         n = media[values].shape[entry.images is stacked]
         return [found.numel() // found.shape[-1] // n] * n
@@ -301,7 +303,7 @@ _ENTRIES = (
     Entry("GlmOcrForConditionalGeneration", **GLM),
     Entry("Exaone4_5_ForConditionalGeneration", rows(), film),
     Entry("HyperCLOVAXVisionV2ForConditionalGeneration", rows(), film),
-    Entry("PaddleOCRVLForConditionalGeneration", patches, types="mm_token_type_ids",
+    Entry("PaddleOCRVLForConditionalGeneration", patches, since=(5, 23), types="mm_token_type_ids",
           change=_set(text_config__rope_parameters=_mrope(2, 3, 3))),
     Entry("VideoLlama3ForConditionalGeneration", merged),
     Entry("Mistral3ForConditionalGeneration", sized, change=_set(vision_config__head_dim=8)),
@@ -313,7 +315,7 @@ _ENTRIES = (
     Entry("DeepseekVLForConditionalGeneration"),
     Entry("AriaForConditionalGeneration", change=_set(projector_patch_to_query_dict={4: 2})),
     Entry("GitForCausalLM", placed=False, reads="always media"),
-    Entry("Lfm2VlForConditionalGeneration", naflex_pixels, change=_set(image_token_id=IMAGE)),
+    Entry("Lfm2VlForConditionalGeneration", naflex_pixels, since=(5, 23), change=_set(image_token_id=IMAGE)),
     Entry("CLIPModel", clip_and_text, reads="media", generates=False),
     Entry("SiglipModel", clip_and_text, reads="media", generates=False,
           change=_set(text_config__projection_size=32)),
@@ -337,4 +339,5 @@ _ENTRIES = (
     Entry("ASTForAudioClassification", spectrogram, reads="media", generates=False,
           change=_set(max_length=48, num_mel_bins=32)),
 )  # fmt: skip
-ZOO = tuple(e for e in _ENTRIES if hasattr(tf, e.kind))  # an older transformers has fewer
+_VERSION = tuple(map(int, tf.__version__.split(".")[:2]))
+ZOO = tuple(e for e in _ENTRIES if hasattr(tf, e.kind) and e.since <= _VERSION)

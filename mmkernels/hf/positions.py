@@ -29,20 +29,19 @@ def rope_index(module: nn.Module) -> Found | str | None:
     if method is None:
         return None
     kind = getattr(getattr(module, "config", None), "model_type", "")
-    kind = kind if kind in FAMILIES else kind.removesuffix("_thinker").removesuffix("_talker")
     if kind not in FAMILIES:
         return f"model_type {kind!r} is not a family of mrope_positions"
-    if getattr(method, "__module__", "") != f"transformers.models.{kind}.modeling_{kind}":
-        return f"its {METHOD} is not that of transformers' {kind}"
+    folder = kind.removesuffix("_thinker").removesuffix("_talker")
+    if getattr(method, "__module__", "") != f"transformers.models.{folder}.modeling_{folder}":
+        return f"its {METHOD} is not that of transformers' {folder}"
     try:
         row = family_of(module.config)._replace()
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return f"its config lacks what the family needs: {error}"
-    probe = (
-        functools.partial(_one_image, row) if row.scan == RUNS and row.image_token_id >= 0 else None
-    )
     names = tuple(inspect.signature(method).parameters)[1:]
     run = functools.partial(_positions, row, names)
+    by_type = row.scan == RUNS and row.image_token_id >= 0
+    probe = functools.partial(_batch, row, names) if by_type else None
     return Found("mrope_positions", run, probe, method=METHOD, pure=True)
 
 
@@ -57,10 +56,25 @@ def _positions(
     return mrope_positions(**taken, family=row)
 
 
-def _one_image(row: Family, module: nn.Module) -> tuple[Any, ...]:
-    """Two samples, text and an image of 2×3 merged tokens each."""
-    m = row.spatial_merge_size
-    picture = 2 * (3 + row.newline) + (2 if row.newline else 0)
-    types = torch.tensor([[0, 0, *[1] * picture, 0]] * 2)
-    ids = torch.where(types == 1, row.image_token_id, 7)
-    return ids, types, torch.tensor([[1, 2 * m, 3 * m]] * 2)
+def _batch(row: Family, names: tuple[str, ...], module: nn.Module) -> tuple[Any, ...]:
+    """Text, a picture, text and a film; and a padded sample with a picture: as arguments in the method's order."""
+    m, image, text = row.spatial_merge_size, row.image_token_id, (7, 0)
+    picture = [(image, 1)] * (2 * (3 + row.newline))
+    film, of_glm = [], row.video_start_id >= 0
+    if "video_grid_thw" in names:
+        frame = [(image if of_glm else row.video_token_id, 2)] * 4
+        film = [text, *frame, text, *frame] if row.frames else (frame + frame[:2] * row.newline) * 2
+        film = [(row.video_start_id, 0), *film, (row.video_end_id, 0)] if of_glm else film
+    first = [text, text, *picture, text, *film, text]
+    second = [text, *picture, text]
+    padding = [(0, 0)] * (len(first) - len(second))
+    tokens = torch.tensor([first, [*padding, *second]])
+    mask = torch.ones_like(tokens[..., 0])
+    mask[1, : len(padding)] = 0
+    values = {
+        "input_ids": tokens[..., 0], "mm_token_type_ids": tokens[..., 1].int(), "attention_mask": mask,
+        "image_grid_thw": torch.tensor([[1, 2 * m, 3 * m]] * 2),
+        "video_grid_thw": torch.tensor([[2 * row.temporal_merge, 2 * m, 2 * m]]) if film else None,
+        "second_per_grid_ts": torch.tensor([1.5]) if film else None,
+    }  # fmt: skip
+    return tuple(values.get(name) for name in names if name in values)

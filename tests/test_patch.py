@@ -26,6 +26,10 @@ def clip() -> Any:
     return tf.CLIPVisionModel(tf.CLIPVisionConfig(**CLIP)).eval()
 
 
+EMBEDDINGS = next(n for n, _ in clip().named_modules() if n.endswith("embeddings"))
+CONV = f"{EMBEDDINGS}.patch_embedding"
+
+
 def pixels() -> torch.Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -139,6 +143,42 @@ def test_hooks_of_the_module_still_run() -> None:
     assert seen == ["embeddings", "conv", "embeddings"]
 
 
+def test_an_adapter_put_around_the_positions_later_counts() -> None:
+    """The embedding reads them itself, until they are more than their parameters."""
+    model = clip()
+    mmkernels.patch(model)
+    before = model(pixels()).last_hidden_state
+    embeddings = model.get_submodule(EMBEDDINGS)
+
+    class Shifted(nn.Module):
+        def __init__(self, base: nn.Embedding) -> None:
+            super().__init__()
+            self.base, self.weight = base, base.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return 3 * self.base(ids)
+
+    embeddings.position_embedding = Shifted(embeddings.position_embedding)
+    with torch.no_grad():
+        ours = model(pixels()).last_hidden_state
+        patched = embeddings.__dict__.pop("forward")
+        theirs = model(pixels()).last_hidden_state
+        embeddings.__dict__["forward"] = patched
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert (ours - before).abs().max() > 1e-3
+
+
+def test_remove_says_what_it_cannot_take_back() -> None:
+    model = clip()
+    patched = mmkernels.patch(model)
+    conv = model.get_submodule(CONV)
+    ours = conv.forward
+    conv.forward = lambda x: ours(x)
+    with pytest.raises(RuntimeError, match=r"wrapped by something else since: Conv2d\.forward"):
+        patched.remove()
+    assert "forward" not in model.get_submodule(EMBEDDINGS).__dict__
+
+
 def why_not(model: nn.Module, module: str, **options: Any) -> str:
     """The reason in the report; the parts left over keep their numbers."""
     x = pixels()
@@ -150,10 +190,6 @@ def why_not(model: nn.Module, module: str, **options: Any) -> str:
             return str(error)
         assert (model(x).last_hidden_state - before).abs().max() <= 1e-5 * before.abs().max()
     return " ".join(line.why_not for line in lines if line.module == module)
-
-
-EMBEDDINGS = next(n for n, _ in clip().named_modules() if n.endswith("embeddings"))
-CONV = f"{EMBEDDINGS}.patch_embedding"
 
 
 def test_a_forward_that_computes_something_else_is_left_alone() -> None:

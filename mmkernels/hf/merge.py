@@ -9,7 +9,6 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,9 +20,7 @@ from mmkernels.hf.row import Found
 NAME = "masked_scatter"
 
 
-def scatter_rows(
-    inputs: torch.Tensor, mask: torch.Tensor, source: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
+def scatter_rows(inputs: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """``inputs.masked_scatter(mask, source)`` by rows where the mask is one: ``[..., 1]``, or that expanded.
 
     Raises:
@@ -41,20 +38,22 @@ def scatter_rows(
         )
 
 
-def scattering(module: nn.Module) -> Iterator[Found | str]:
-    """One for every method of the module's class that scatters."""
-    for name in dir(type(module)):
-        method = inspect.getattr_static(type(module), name)
+@functools.cache
+def scattering(cls: Any) -> tuple[Found | str, ...]:
+    """One for every method of the class that scatters."""
+    found: list[Found | str] = []
+    for name in dir(cls):
+        method = inspect.getattr_static(cls, name)
         function = inspect.unwrap(method) if inspect.isfunction(method) else None
         code = getattr(function, "__code__", None)
         if code is None or NAME not in code.co_names:
             continue
         try:
-            run = rewritten(function)
+            run = functools.partial(_call, rewritten(function))
+            found.append(Found("merge_embeddings", run, None, method=name))
         except (OSError, SyntaxError, ValueError) as error:
-            yield f"{name}: its source cannot be compiled again: {error}"
-            continue
-        yield Found("merge_embeddings", functools.partial(_call, run), None, method=name)
+            found.append(f"{name}: its source cannot be compiled again: {error}")
+    return tuple(found)
 
 
 def _call(run: Any, module: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +71,6 @@ class _Scatter(ast.NodeTransformer):
         return ast.copy_location(ast.Call(name, [node.func.value, *node.args], []), node)
 
 
-@functools.cache
 def rewritten(function: Any) -> Any:
     """The function with its decorators, compiled from its source in its own globals, ``auto_docstring`` left out."""
     lines, first = inspect.getsourcelines(function)
@@ -84,9 +82,8 @@ def rewritten(function: Any) -> Any:
     ]
     free = function.__code__.co_freevars
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    make = ast.parse(f"def make(_scatter_rows, {', '.join(free)}): return {definition.name}").body[
-        0
-    ]
+    factory = f"def make(_scatter_rows, {', '.join(free)}): return {definition.name}"
+    (make,) = ast.parse(factory).body
     assert isinstance(make, ast.FunctionDef)
     make.body.insert(0, _Scatter().visit(definition))
     tree = ast.fix_missing_locations(ast.Module([make], []))

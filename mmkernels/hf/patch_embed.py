@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmkernels import patch_embed
-from mmkernels.hf.row import Found, intact, is_sharded
+from mmkernels.hf.row import Found, is_sharded
 
 OVERLAPPING = 8  # from this patch on, overlapping patches of few channels are a spectrogram's, not a network's stem
 
@@ -139,7 +139,7 @@ def _embed(
     # Under autocast only the convolution is cast: class token and positions stay, and the sum, in the model's dtype.
     asked += [True] * torch.is_autocast_enabled(pixel_values.device.type)
     fixed = names.position is None or tuple(pixel_values.shape[2:]) == side
-    if asked or not fixed or pixel_values.dim() != 4 or not intact(conv):
+    if asked or not fixed or pixel_values.dim() != 4:
         return original(pixel_values, *args, **kwargs)
     D = conv.out_channels
     tokens = [_rows(module, n, D) for n in names.tokens]

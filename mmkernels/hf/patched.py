@@ -4,6 +4,7 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 
@@ -47,11 +48,22 @@ class Patched:
         print(self)
 
     def remove(self) -> None:
-        """Puts every method back: the model computes what it did, bit for bit."""
+        """Puts every method back: the model computes what it did, bit for bit.
+
+        Raises:
+            RuntimeError: Something else (accelerate's hooks, say) has been put around a method since; the others are
+                back.
+        """
+        wrapped = []
         for module, method in self.replaced:
-            if is_ours(module.__dict__.get(method)):
+            now = module.__dict__.get(method)
+            if is_ours(now):
                 object.__delattr__(module, method)
+            elif now is not None:
+                wrapped.append(f"{type(module).__name__}.{method}")
         self.replaced.clear()
+        if wrapped:
+            raise RuntimeError(f"remove: wrapped by something else since: {', '.join(wrapped)}")
 
     def __enter__(self) -> "Patched":
         return self
@@ -154,5 +166,6 @@ def _candidates(name: str, module: nn.Module, parts: set[str]) -> list[tuple[str
         (row.part, row.find(module)) for row in ROWS if row.part in parts and row.within in name
     ]
     if "merge" in parts:
-        found += [("merge", f) for f in merge.scattering(module)]
+        cls: Any = type(module)
+        found += [("merge", f) for f in merge.scattering(cls)]
     return [(part, f) for part, f in found if f is not None]

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmkernels import Norm, cross_attention
 from mmkernels.hf.patch_embed import noise
-from mmkernels.hf.row import Found, intact
+from mmkernels.hf.row import Found
 from mmkernels.nn.attention_pool import multihead_attention
 
 
@@ -55,7 +55,7 @@ def _qformer(
     encoder_hidden_states: torch.Tensor | None = None, encoder_attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:  # fmt: skip
-    if encoder_hidden_states is None or _eager(module) or not intact(module.key, module.value):
+    if encoder_hidden_states is None or _eager(module):
         return original(
             hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, **kwargs
         )
@@ -81,7 +81,7 @@ def attention_pool(module: nn.Module) -> Found | str | None:
         return None
     if not parts[1].batch_first or not parts[1]._qkv_same_embed_dim or parts[1].bias_k is not None:
         return "its attention is not of one width, batch first"
-    return Found("cross_attention", _pool, _tokens, ("attention",))
+    return Found("cross_attention", _pool, _tokens, ("attention", "attention.out_proj"))
 
 
 def _tokens(module: Any) -> tuple[Any, ...]:
@@ -92,7 +92,7 @@ def _pool(
     module: Any, original: Any, hidden_state: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.Tensor:  # fmt: skip
     given = () if attention_mask is None else (attention_mask,)
-    if not intact(module.attention, module.attention.out_proj) or any(m.dim() != 2 for m in given):
+    if any(m.dim() != 2 for m in given):
         return original(hidden_state, *given)
     allowed = None if attention_mask is None else attention_mask[:, None, None].bool()
     hidden_state = multihead_attention(
@@ -133,7 +133,7 @@ def _perceiver(
     attention_mask: torch.Tensor | None = None, position_ids: Any = None, cache: Any = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
     bound = cache is None and getattr(module, "cache", None) is None and position_ids is None
-    if not bound or _eager(module) or not intact(module.k_proj, module.v_proj):
+    if not bound or _eager(module):
         return original(latents, context, attention_mask, position_ids, cache, **kwargs)
     n, mask = context.shape[1], attention_mask
     if mask is not None and mask.shape[-1] != n:
@@ -175,8 +175,6 @@ def _layer(norm: nn.LayerNorm) -> Norm:
 def _flamingo(
     module: Any, original: Any, context: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor:
-    if not intact(module.context_layer_norm, module.k_proj, module.v_proj):
-        return original(context, latents)
     latents = module.latents_layer_norm(latents)
     query, key_norm = module.q_proj(latents), None
     if module.qk_layer_norms:
@@ -205,8 +203,6 @@ def _media_and_latents(module: Any) -> tuple[Any, ...]:
 def _open_flamingo(
     module: Any, original: Any, x: torch.Tensor, latents: torch.Tensor
 ) -> torch.Tensor:
-    if not intact(module.norm_media, module.to_kv):
-        return original(x, latents)
     latents = module.norm_latents(latents)
     w_k, w_v = module.to_kv.weight.chunk(2)
     out = cross_attention(
@@ -230,7 +226,7 @@ def aria(module: nn.Module) -> Found | str | None:
         "cross_attention",
         _aria,
         _features_and_queries,
-        ("multihead_attn", "k_proj", "v_proj", "layer_norm_kv"),
+        ("multihead_attn", "multihead_attn.out_proj", "k_proj", "v_proj", "layer_norm_kv"),
     )
 
 
@@ -244,8 +240,6 @@ def _aria(
     attn_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     a = module.multihead_attn
-    if not intact(a, a.out_proj, module.k_proj, module.v_proj, module.layer_norm_kv):
-        return original(key_value_states, hidden_states, attn_mask)
     w_q, w_k, w_v = a.in_proj_weight.chunk(3)
     b_q, b_k, b_v = a.in_proj_bias.chunk(3)
     query = nn.functional.linear(module.q_proj(module.layer_norm(hidden_states)), w_q, b_q)

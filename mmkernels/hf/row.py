@@ -27,7 +27,8 @@ class Found(NamedTuple):
 
     ``run(module, original, *args)`` takes the place of ``method`` and calls ``original``, the method itself, where a
     call is not what the row is for. ``probe(module)``: arguments of a call that must not go there; None: proven
-    otherwise. ``layers``: submodules whose parameters are read directly, so that their own forward is not called.
+    otherwise. ``layers``: submodules whose parameters are read directly, so that their own forward is not called: a
+    call finds them as they were, or goes to ``original``.
     ``pure``: reads no parameter, so it is proven on the module itself.
     """
 
@@ -85,15 +86,22 @@ def is_ours(method: Any) -> bool:
 def attach(module: nn.Module, found: Found) -> None:
     """On the instance: the class and other instances stay as they are, hooks and wrappers go on working."""
     original = getattr(module, found.method)
-    method = functools.partial(found.run, module, original)
+    method = functools.partial(_call, found.run, found.layers, module, original)
     functools.update_wrapper(method, original)  # its signature is what Trainer and generate ask for
     method.mmkernels_op = found.op  # type: ignore[attr-defined]
     object.__setattr__(module, found.method, method)
 
 
-def refusal(
-    module: nn.Module, found: Found, shared: frozenset[int], prove: bool = True
-) -> str:  # fmt: skip
+def _call(
+    run: Run, layers: tuple[str, ...], module: nn.Module, original: Run, *args: Any, **kwargs: Any
+) -> Any:
+    """The replacement, unless somebody has put an adapter, a hook or a shard where its parameters were."""
+    if not intact(*[module.get_submodule(name) for name in layers]):
+        return original(*args, **kwargs)
+    return run(module, original, *args, **kwargs)
+
+
+def refusal(module: nn.Module, found: Found, shared: frozenset[int]) -> str:
     """Why the row must not be taken; empty: it may. ``shared``: ids of parameters that have several names."""
     if found.method in module.__dict__:
         return f"has a {found.method} of its own"
@@ -109,7 +117,7 @@ def refusal(
             return "is on the meta device: patch after loading"
         if id(parameter) in shared:
             return "shares a parameter with another module"
-    return proven(module, found) if prove and found.probe is not None else ""
+    return proven(module, found) if found.probe is not None else ""
 
 
 @torch.no_grad()
@@ -158,8 +166,6 @@ def _difference(got: Any, expected: Any) -> str:
         return f"a trial call gave {told[0]}, the module {told[1]}"
     off = (got.double() - expected.double()).abs().max() if got.numel() else torch.zeros(())
     allowed = CLOSE * expected.double().abs().max() if got.is_floating_point() else 0
-    return (
-        ""
-        if off <= allowed
-        else f"a trial call differs by {off.item():.2g}: it computes something else"
-    )
+    if off <= allowed:
+        return ""
+    return f"a trial call differs by {off.item():.2g}: it computes something else"

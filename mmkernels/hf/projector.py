@@ -29,6 +29,11 @@ def _eager(module: Any) -> bool:
     return getattr(getattr(module, "config", None), "_attn_implementation", "eager") == "eager"
 
 
+def _flat(mask: torch.Tensor | None) -> bool:
+    """Whether it is flash-attn's kind of mask, ``[B, n]``."""
+    return mask is not None and mask.dim() != 4
+
+
 # BERT's names: Q-Former ------------------------------------------------------------------------------------------
 
 QKV = ("key", "value")
@@ -55,7 +60,7 @@ def _qformer(
     encoder_hidden_states: torch.Tensor | None = None, encoder_attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:  # fmt: skip
-    if encoder_hidden_states is None or _eager(module):
+    if encoder_hidden_states is None or _eager(module) or _flat(encoder_attention_mask):
         return original(
             hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, **kwargs
         )
@@ -133,7 +138,7 @@ def _perceiver(
     attention_mask: torch.Tensor | None = None, position_ids: Any = None, cache: Any = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
     bound = cache is None and getattr(module, "cache", None) is None and position_ids is None
-    if not bound or _eager(module):
+    if not bound or _eager(module) or _flat(attention_mask):
         return original(latents, context, attention_mask, position_ids, cache, **kwargs)
     n, mask = context.shape[1], attention_mask
     if mask is not None and mask.shape[-1] != n:

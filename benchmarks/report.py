@@ -107,22 +107,22 @@ def circumstances(run: Run) -> str:
         f"Measured on {run.machine['cpu']} (family/model {run.machine['cpu_family_model']}, {isa}){gpu}, "
         f"{run.machine['threads']} threads, {run.date}, commit {commit}{dirty}; {packages}. "
         f"Median of {run.args['rounds']} interleaved rounds; speed-ups are medians of ratios within a round, "
-        f"below 1 a loss. Ceilings of the same rounds: {limits}."
+        f"below 1 a loss." + (f" Ceilings of the same rounds: {limits}." if limits else "")
     )
 
 
-def write_readme(path: Path, text: str) -> None:
+def write_readme(path: Path, text: str, start: str = START, end: str = END) -> None:
     """Replaces what stands between the two markers."""
     content = path.read_text()
     if (
-        content.count(START) != 1
-        or content.count(END) != 1
-        or content.index(START) > content.index(END)
+        content.count(start) != 1
+        or content.count(end) != 1
+        or content.index(start) > content.index(end)
     ):
-        raise ValueError(f"{path} must contain {START} and, after it, {END}, once each")
-    before, rest = content.split(START)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{START}\n{text}\n{END}{after}")
+        raise ValueError(f"{path} must contain {start} and, after it, {end}, once each")
+    before, rest = content.split(start)
+    after = rest.split(end)[1]
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -243,6 +243,20 @@ def test_layers_that_are_more_than_their_parameters_are_left_alone() -> None:
     assert "shares a parameter" in why_not(model, CONV)
 
 
+def test_quantised_layers_are_left_alone() -> None:
+    from torch.ao.quantization import quantize_dynamic
+    from vlm_zoo import ZOO
+
+    blip2 = next(e for e in ZOO if e.name == "Blip2")
+    model = quantize_dynamic(blip2.build(), {nn.Linear})
+    inputs = blip2.batch("image", torch.Generator().manual_seed(0))
+    assert inputs is not None
+    before = out(model, inputs)
+    told = {line.part: line.why_not for line in mmkernels.patch(model).lines}
+    assert "key is a torch.ao.nn.quantized.dynamic" in told["projector"]
+    assert (out(model, inputs) - before).abs().max() <= 0.05 * before.abs().max()
+
+
 def test_strict_raises_and_replaces_nothing() -> None:
     model = clip()
     model.get_submodule(CONV).forward = model.get_submodule(CONV).forward

@@ -62,8 +62,13 @@ def intact(*layers: nn.Module) -> bool:
 
 def changed(layer: nn.Module) -> str:
     """What makes a layer more than its parameters; empty: nothing."""
-    if type(layer) not in LAYERS:
-        return f"is a {type(layer).__name__}, which may compute otherwise"
+    kind = type(layer)
+    if kind not in LAYERS:
+        known = any(
+            kind.__name__ == k.__name__ for k in LAYERS
+        )  # a quantised Linear is a Linear by name
+        name = f"{kind.__module__}.{kind.__name__}" if known else kind.__name__
+        return f"is a {name}, which may compute otherwise"
     if "forward" in layer.__dict__ and not is_ours(layer.__dict__["forward"]):
         return "has a forward of its own"
     if layer._forward_hooks or layer._forward_pre_hooks:

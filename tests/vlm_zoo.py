@@ -15,8 +15,8 @@ import torch
 import transformers as tf
 
 Inputs = dict[str, Any]
-CASES = ("text", "image", "images", "left", "right", "video")
-VOCAB, IMAGE, VIDEO, START, END, SIDE, PATCH = 96, 90, 91, 92, 93, 28, 14
+CASES = ("text", "image", "images", "left", "right", "video", "audio")
+VOCAB, IMAGE, VIDEO, START, END, AUDIO, SIDE, PATCH = 96, 90, 91, 92, 93, 94, 28, 14
 SMALL: Inputs = {
     "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB, "image_size": SIDE, "patch_size": PATCH, "depth": 2,
@@ -29,7 +29,8 @@ SMALL: Inputs = {
     "num_position_embeddings": 16, "window_size": 56, "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0],
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_token_id": IMAGE, "image_token_index": IMAGE,
     "video_token_id": VIDEO, "video_token_index": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
-    "hidden_dim": 32, "layer_norm_eps": 1e-6, "attention_dropout": 0.0, "mlp_dim": 40,
+    "hidden_dim": 32, "layer_norm_eps": 1e-6, "attention_dropout": 0.0, "mlp_dim": 40, "audio_token_id": AUDIO,
+    "audio_token_index": AUDIO,
 }  # fmt: skip
 
 
@@ -39,6 +40,8 @@ def shrink(config: Any) -> Any:
     for name, value in list(vars(config).items()):
         if isinstance(value, tf.PreTrainedConfig):
             shrink(value)
+        elif name == "initializer_range" and value < 1e-3:  # so small that no feature is seen in a logit
+            config.initializer_range = 0.02
         elif name == "layer_types" and value:
             config.layer_types = value[:2]
         elif name in SMALL and value is not None:
@@ -97,34 +100,46 @@ def frames(n: int, g: torch.Generator) -> Inputs:
     return {"pixel_values_videos": torch.randn(n, 4, 3, SIDE, SIDE, generator=g)}
 
 
+def enclosed(token: int, n: int) -> list[int]:
+    """What stands in the text for an image, a video or a sound of n features."""
+    return [START, *[token] * n, END]
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
     """``change`` is applied to the small config; ``count``: tokens of an image where the model does not tell."""
 
     kind: str
-    images: Callable[[int, torch.Generator], Inputs] = square
+    images: Callable[[int, torch.Generator], Inputs] | None = square
     videos: Callable[[int, torch.Generator], Inputs] | None = None
     change: Callable[[Any], Any] = lambda c: None
     types: str = ""  # name of the input that says which tokens are images'
-    count: int = 0
+    count: int | Callable[[Inputs], list[int]] = 0
     reads: str = "text and media"  # or "always media": no call without; "media": no text
     placed: bool = True  # the text has placeholders
     several: bool = True
     generates: bool = True
     extra: Callable[[int], Inputs] = lambda samples: {}
     since: tuple[int, int] = (5, 3)  # an older transformers wants other inputs
+    audios: Callable[[int, torch.Generator], Inputs] | None = None
+    text: Callable[[int, int], list[int]] = enclosed
+    finish: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what depends on the whole batch
+    note: str = ""  # what is unlike the others
 
     @property
     def name(self) -> str:
         return self.kind.removesuffix("ForConditionalGeneration")
 
+    def config(self) -> Any:
+        """The class's own, small."""
+        config = shrink(getattr(tf, self.kind).config_class())
+        self.change(config)
+        return config
+
     def build(self) -> Any:
         """In evaluation mode. What starts as zeros (gates, biases) is noise, so that it counts."""
-        cls = getattr(tf, self.kind)
-        config = shrink(cls.config_class())
-        self.change(config)
         torch.manual_seed(0)
-        model = cls(config).eval()
+        model = getattr(tf, self.kind)(self.config()).eval()
         g = torch.Generator().manual_seed(1)
         for p in model.parameters():
             if p.ndim < 2 or not p.detach().any():
@@ -135,13 +150,15 @@ class Entry:
 
     def batch(self, case: str, g: torch.Generator) -> Inputs | None:
         """Inputs of one of ``CASES``; None if the class has none."""
-        counts = {"text": [0, 0], "images": [0, 1, 2], "video": [0, 0]}.get(case, [1, 1])
+        counts = {"text": [0, 0], "images": [0, 1, 2], "video": [0, 0], "audio": [0, 0]}.get(case, [1, 1])
         if (case == "video" and self.videos is None) or (case == "images" and not self.several):
             return None
-        if self.reads != "text and media" and case not in ("image", "left", "video"):
+        if (case == "audio" and self.audios is None) or (case in ("image", "images") and self.images is None):
+            return None
+        if self.reads != "text and media" and case not in ("image", "left", "video", "audio"):
             return None
         if self.reads == "media":
-            return self.images(2, g) if case == "image" else None
+            return self.images(2, g) if case == "image" and self.images is not None else None
         return _batch(self, counts, case, g)
 
 
@@ -156,10 +173,13 @@ def _tokens(entry: Entry, media: Inputs, kind: str) -> list[int]:
     names = {
         "image": ("pixel_values", "get_image_features"),
         "video": ("pixel_values_videos", "get_video_features"),
+        "audio": ("input_features", "get_audio_features"),
     }
     values, method = names[kind]
+    if callable(entry.count):
+        return entry.count(media)
     if entry.count or not entry.placed:
-        return [entry.count] * len(media[values])
+        return [entry.count] * len(next(iter(media.values())))
     model = _model(entry)
     model = model if hasattr(model, method) else model.model
     rest = {k: v for k, v in media.items() if k != values}
@@ -171,18 +191,23 @@ def _tokens(entry: Entry, media: Inputs, kind: str) -> list[int]:
 
 
 def _batch(entry: Entry, counts: list[int], case: str, g: torch.Generator) -> Inputs:
-    n = sum(counts)
-    media = entry.images(n, g) if n else {}
+    n = sum(counts) if entry.images is not None else 0
+    media = entry.images(n, g) if n and entry.images is not None else {}
     lengths = _tokens(entry, media, "image") if n else []
     films = entry.videos(2, g) if case == "video" and entry.videos is not None else {}
     film_lengths = _tokens(entry, films, "video") if films else []
+    heard = case == "audio" or (entry.images is None and case in ("left", "right"))
+    sounds = entry.audios(2, g) if heard and entry.audios is not None else {}
+    sound_lengths = _tokens(entry, sounds, "audio") if sounds else []
     ids, types, at = [], [], 0
     for row, count in enumerate(counts):
         pieces = [[*_text(3, g)]]
         for length in lengths[at : at + count]:
-            pieces += [[START, *[IMAGE] * (length if entry.placed else 0), END], _text(2, g)]
+            pieces += [entry.text(IMAGE, length if entry.placed else 0), _text(2, g)]
         if films:
-            pieces += [[START, *[VIDEO] * film_lengths[row], END], _text(2, g)]
+            pieces += [entry.text(VIDEO, film_lengths[row]), _text(2, g)]
+        if sounds:
+            pieces += [entry.text(AUDIO, sound_lengths[row]), _text(2, g)]
         at += count
         ids.append([x for p in pieces for x in p] + _text(2, g))
     if case not in ("left", "right"):
@@ -201,12 +226,13 @@ def _batch(entry: Entry, counts: list[int], case: str, g: torch.Generator) -> In
         "attention_mask": torch.tensor(mask),
         **media,
         **films,
+        **sounds,
     }
     if entry.types:
-        types = [[{IMAGE: 1, VIDEO: 2}.get(i, 0) for i in row] for row in ids]
+        types = [[{IMAGE: 1, VIDEO: 2, AUDIO: 3}.get(i, 0) for i in row] for row in ids]
         inputs[entry.types] = torch.tensor(types)
     inputs |= entry.extra(len(counts)) if n or films else {}
-    return inputs
+    return entry.finish(inputs)
 
 
 def _text(n: int, g: torch.Generator) -> list[int]:

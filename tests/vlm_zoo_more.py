@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rest of the zoo: classes that place features otherwise, or that want more than pixels, and audio."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import vlm_zoo as zoo
+from vlm_zoo import AUDIO, END, IMAGE, PATCH, SIDE, START, VIDEO, Entry, Inputs
+from vlm_zoo import _mrope as mrope
+from vlm_zoo import _set as fields
+
+
+def marked(inputs: Inputs) -> Inputs:
+    """Where the features go is an input (Kosmos)."""
+    return {**inputs, "image_embeds_position_mask": (inputs["input_ids"] == IMAGE).long()}
+
+
+def flattened(n: int, g: torch.Generator) -> Inputs:
+    """Patches in rows, each after its row and column, counted from one (Pix2Struct)."""
+    places = torch.tensor([[1.0 + i // 3, 1.0 + i % 3] for i in range(6)]).expand(n, -1, -1)
+    pixels = torch.randn(n, 6, 3 * 4 * 4, generator=g)
+    return {
+        "flattened_patches": torch.cat([places, pixels], dim=-1), "width": torch.tensor([3] * n),
+        "height": torch.tensor([2] * n),
+    }  # fmt: skip
+
+
+def of_side(side: int, **more: Callable[[int, torch.Generator], Any]) -> Callable[..., Inputs]:
+    def made(n: int, g: torch.Generator) -> Inputs:
+        pixels = torch.randn(n, 3, side, side, generator=g)
+        return {"pixel_values": pixels, **{k: f(n, g) for k, f in more.items()}}
+
+    return made
+
+
+def in_turn(*changes: Callable[[Any], None]) -> Callable[[Any], None]:
+    def change(config: Any) -> None:
+        for each in changes:
+            each(config)
+
+    return change
+
+
+def tiled(inputs: Inputs) -> Inputs:
+    """Images of each sample side by side, with tiles of no image, and who sees which (Mllama)."""
+    if "pixel_values" not in inputs:
+        return inputs
+    ids, pixels, mask = inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"]
+    counts = (ids == IMAGE).sum(1).tolist()
+    most, tiles = max(counts), pixels.shape[1]
+    found = torch.zeros(len(ids), most, *pixels.shape[1:])
+    kinds, there = torch.zeros(len(ids), most).long(), torch.zeros(len(ids), most, tiles).long()
+    there[..., 0] = 1  # an image that is not there has one tile of zeros
+    seen, at = torch.zeros(*ids.shape, most, tiles).long(), 0
+    for row, count in enumerate(counts):
+        found[row, :count] = pixels[at : at + count]
+        kinds[row, :count], there[row, :count] = 2, 1  # one above the other
+        starts = [*(ids[row] == IMAGE).nonzero().flatten().tolist(), ids.shape[1]]
+        for i in range(count):
+            seen[row, starts[i] : starts[i + 1], i] = 1
+        seen[row][mask[row] == 0] = 0
+        at += count
+    return {
+        **inputs, "pixel_values": found, "aspect_ratio_ids": kinds, "aspect_ratio_mask": there,
+        "cross_attention_mask": seen,
+    }  # fmt: skip
+
+
+def two_tiles(n: int, g: torch.Generator) -> Inputs:
+    return {"pixel_values": torch.randn(n, 2, 3, SIDE, SIDE, generator=g)}
+
+
+def films_of_four(n: int, g: torch.Generator) -> Inputs:
+    return {"pixel_values": torch.randn(n, 4, 3, SIDE, SIDE, generator=g)}
+
+
+SAM = {
+    "output_channels": 8, "window_size": 2, "global_attn_indexes": [1], "image_size": 64, "patch_size": 4,
+    "initializer_range": 0.02,
+}  # fmt: skip
+
+
+def sam(part: str, **more: Any) -> Callable[[Any], None]:
+    return fields(**{f"{part}__{k}": v for k, v in {**SAM, **more}.items()})
+
+
+def looked_at(inputs: Inputs) -> Inputs:
+    """Images of each sample side by side, black where there is none, and the last one before a token (Idefics)."""
+    ids, pixels, mask = inputs["input_ids"], inputs.get("pixel_values"), inputs["attention_mask"]
+    counts = (ids == IMAGE).sum(1).tolist()
+    found = torch.zeros(len(ids), max(1, *counts), 3, SIDE, SIDE)
+    number = (ids == IMAGE).cumsum(1) * mask
+    if pixels is not None:
+        for row, part in enumerate(pixels.split(counts)):
+            found[row, : len(part)] = part
+    seen = torch.arange(1, found.shape[1] + 1) == number[..., None]
+    return {**inputs, "pixel_values": found, "image_attention_mask": seen.long()}
+
+
+def in_rows(token: int, n: int) -> list[int]:
+    """Two patches a row, and a line's end (Fuyu)."""
+    return [START, *[token, token, 89] * (n // 2), END]
+
+
+def rows_of(n: int, g: torch.Generator) -> Inputs:
+    return {"pixel_values": torch.randn(n, 4, 3 * PATCH * PATCH, generator=g)}
+
+
+def crops(n: int, g: torch.Generator) -> Inputs:
+    """A whole image and one crop of it, 2×2 patches each, pooled by two rows; a token each (Molmo2)."""
+    rows = torch.arange(8 * n).view(-1, 2)
+    return {
+        "pixel_values": torch.randn(2 * n, 4, 3 * PATCH * PATCH, generator=g), "image_token_pooling": rows,
+        "image_grids": torch.tensor([[2, 1, 2, 1]] * n), "image_num_crops": torch.tensor([2] * n),
+    }  # fmt: skip
+
+
+def cropped_film(n: int, g: torch.Generator) -> Inputs:
+    return {
+        "pixel_values_videos": torch.randn(2 * n, 4, 3 * PATCH * PATCH, generator=g),
+        "video_token_pooling": torch.arange(8 * n).view(-1, 2), "video_grids": torch.tensor([[2, 2, 1]] * n),
+    }  # fmt: skip
+
+
+def molmo_types(inputs: Inputs) -> Inputs:
+    """Images and films have the same token, and what encloses them counts as theirs."""
+    ids = inputs["input_ids"]
+    ids[ids == VIDEO] = IMAGE
+    types = (ids == IMAGE) | (ids == START) | (ids == END)
+    return {**inputs, "mm_token_type_ids": types.long()}
+
+
+def placed_patches(n: int, g: torch.Generator) -> Inputs:
+    """Patches in rows with their x and y; the first image has fewer (Gemma 4)."""
+    places = torch.tensor([[i % 4, i // 4] for i in range(16)]).repeat(n, 1, 1)
+    places[0, 8:] = -1
+    pixels = torch.rand(n, 16, 3 * PATCH * PATCH, generator=g)
+    pixels[0, 8:] = 0
+    return {"pixel_values": pixels, "image_position_ids": places}
+
+
+def film_of_placed_patches(n: int, g: torch.Generator) -> Inputs:
+    """Two frames each."""
+    found = placed_patches(2 * n, g)
+    found["image_position_ids"][0] = found["image_position_ids"][1]
+    return {
+        "pixel_values_videos": found["pixel_values"], "video_position_ids": found["image_position_ids"],
+        "num_frames_per_video": torch.tensor([2] * n),
+    }  # fmt: skip
+
+
+def strips(n: int, g: torch.Generator) -> Inputs:
+    """All images in one strip a patch high (MiniCPM-V)."""
+    sizes = [((4, 4), (4, 8), (8, 4))[i % 3] for i in range(n)]
+    long = sum(h * w for h, w in sizes) * PATCH
+    return {"pixel_values": torch.randn(1, 3, PATCH, long, generator=g), "target_sizes": torch.tensor(sizes)}
+
+
+def hunyuan_types(inputs: Inputs) -> Inputs:
+    return {**inputs, "mm_token_type_ids": (inputs["input_ids"] == IMAGE).int()}
+
+
+def unmerged(n: int, g: torch.Generator) -> Inputs:
+    return zoo.rows(1)(n, g)
+
+
+def ernie_film(n: int, g: torch.Generator) -> Inputs:
+    """Two frames are one, after the tower."""
+    pixels = torch.randn(n * 2 * 16, 3 * PATCH * PATCH, generator=g)
+    return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[2, 4, 4]] * n)}
+
+
+def expert_types(inputs: Inputs) -> Inputs:
+    """What the experts of vision get: what encloses an image too (Ernie 4.5)."""
+    ids = inputs["input_ids"]
+    return {**inputs, "moe_mm_token_type_ids": ((ids >= IMAGE) & (ids <= END)).int()}
+
+
+def mel(bins: int, frames: int, mask: str = "", shorter: int = 0) -> Callable[[int, torch.Generator], Inputs]:
+    """Spectrograms [n, bins, frames]; the first is shorter."""
+
+    def made(n: int, g: torch.Generator) -> Inputs:
+        found = {"input_features": torch.randn(n, bins, frames, generator=g)}
+        if mask:
+            there = torch.ones(n, frames).long()
+            there[0, frames - shorter :] = 0
+            found |= {mask: there}
+        return found
+
+    return made
+
+
+def quarters(mask: str) -> Callable[[Inputs], list[int]]:
+    """Two strides of two."""
+    return lambda media: [((int(n) - 1) // 2 + 1 - 2) // 2 + 1 for n in media[mask].sum(-1)]
+
+
+KOSMOS = {"count": 4, "finish": marked, "reads": "always media"}
+KOSMOS_TEXT = {"text_config__embed_dim": 32, "text_config__ffn_dim": 40, "text_config__layers": 2,
+               "text_config__attention_heads": 4, "latent_query_num": 4, "text_config__dropout": 0.0}  # fmt: skip
+MAP = {"<image>": IMAGE, "<|extra_200|>": 89, **{f"<|visual token {i:06d}|>": 40 + i for i in range(32)}}  # fmt: skip
+MORE = (
+    Entry("MllamaForConditionalGeneration", two_tiles, count=1, finish=tiled,
+          change=fields(vision_config__num_global_layers=1, vision_config__intermediate_layers_indices=[0, 1],
+                        vision_config__max_num_tiles=2, vision_config__vision_output_dim=96,
+                        vision_config__supported_aspect_ratios=[[1, 1], [1, 2]],
+                        vision_config__attention_heads=4, text_config__cross_attention_layers=[1],
+                        text_config__vocab_size=zoo.VOCAB),
+          note="features are keys of cross-attention, not tokens"),
+    Entry("Kosmos2ForConditionalGeneration", **KOSMOS, change=fields(**KOSMOS_TEXT),
+          note="features are put at image_embeds_position_mask by index"),
+    Entry("Kosmos2_5ForConditionalGeneration", flattened, **KOSMOS,
+          change=fields(**KOSMOS_TEXT, vision_config__patch_embed_hidden_size=48, vision_config__max_num_patches=8),
+          note="features are put at image_embeds_position_mask by index"),
+    Entry("GotOcr2ForConditionalGeneration", of_side(64), change=sam("vision_config")),
+    Entry("JanusForConditionalGeneration",
+          change=fields(vq_config__base_channels=32, vq_config__channel_multiplier=[1, 1], vq_config__num_patches=2,
+                        vq_config__num_embeddings=16, vq_config__latent_channels=8, vq_config__num_res_blocks=1,
+                        vq_config__embed_dim=8, vision_config__depth=2, vq_config__projection_dim=32,
+                        vq_config__image_token_embed_dim=32, vision_config__num_attention_heads=4)),
+    Entry("DeepseekVLHybridForConditionalGeneration",
+          of_side(SIDE, high_res_pixel_values=lambda n, g: torch.randn(n, 3, 64, 64, generator=g)),
+          change=sam("high_res_vision_config")),
+    Entry("Emu3ForConditionalGeneration",
+          of_side(16, image_sizes=lambda n, g: torch.tensor([[16, 16]] * n)),
+          change=in_turn(lambda c: setattr(c, "vocabulary_map", MAP),
+                         fields(vq_config__codebook_size=32, vq_config__base_channels=32, vq_config__embed_dim=4,
+                                vq_config__channel_multiplier=[1, 1], vq_config__num_res_blocks=1,
+                                vq_config__hidden_size=32, vq_config__attn_resolutions=[],
+                                vq_config__num_attention_heads=1)),
+          note="features are rows of the embedding table: no gradient reaches the vision tower"),
+    Entry("InstructBlipVideoForConditionalGeneration", films_of_four, count=16, reads="always media",
+          change=fields(video_token_index=IMAGE, text_config__word_embed_proj_dim=32),
+          extra=lambda n: {"qformer_input_ids": torch.arange(3, 8).expand(n, 5)}),
+    Entry("BlipForConditionalGeneration", placed=False, reads="always media",
+          note="features are keys of cross-attention"),
+    Entry("Florence2ForConditionalGeneration", of_side(64), count=5,
+          change=in_turn(fields(vision_config__embed_dim=[8, 16, 16, 32], vision_config__num_heads=[2, 2, 2, 2],
+                         vision_config__num_groups=[2, 2, 2, 2], vision_config__depths=[1, 1, 1, 1],
+                         vision_config__patch_size=[7, 3, 3, 3], vision_config__window_size=4,
+                         vision_config__projection_dim=32, vision_config__mlp_ratio=2.0,
+                         text_config__decoder_start_token_id=2, text_config__forced_eos_token_id=None,
+                         text_config__forced_bos_token_id=None)),
+          note="an encoder and a decoder: tokens of the prompt have no logits"),
+    Entry("FuyuForCausalLM", rows_of, count=4, text=in_rows, change=fields(text_config__partial_rotary_factor=0.5),
+          note="no vision tower: a linear layer of patches"),
+    Entry("IdeficsForVisionText2Text", count=1, finish=looked_at,
+          change=fields(vision_config__num_attention_heads=4, additional_vocab_size=0, use_resampler=True,
+                        freeze_text_layers=False, freeze_vision_layers=False, freeze_lm_head=False,
+                        perceiver_config__use_resampler=True, cross_layer_interval=1),
+          note="features are keys of gated cross-attention; black images where there is none"),
+    Entry("Llama4ForConditionalGeneration", count=1,
+          change=fields(vision_config__intermediate_size=128, vision_config__projector_input_dim=32,
+                        vision_config__projector_output_dim=32, vision_config__vision_output_dim=32,
+                        text_config__moe_layers=[1], text_config__intermediate_size_mlp=40,
+                        text_config__attention_chunk_size=16, text_config__num_experts_per_tok=1)),
+    Entry("Molmo2ForConditionalGeneration", crops, cropped_film, count=4, finish=molmo_types,
+          change=fields(vision_config__image_size=[SIDE, SIDE], vision_config__num_position_embeddings=4,
+                        vision_config__num_key_value_heads=4, adapter_config__text_hidden_size=32,
+                        adapter_config__vision_feature_layer=[0, -1], text_config__additional_vocab_size=0,
+                        image_patch_id=IMAGE, image_start_token_id=START, image_end_token_id=END),
+          note="features are added to the placeholders' embeddings"),
+    Entry("Gemma4ForConditionalGeneration", placed_patches, film_of_placed_patches, types="mm_token_type_ids",
+          change=fields(vision_config__pooling_kernel_size=2, vision_config__position_embedding_size=8,
+                        vision_config__num_key_value_heads=4, text_config__hidden_size_per_layer_input=8,
+                        text_config__vocab_size_per_layer_input=zoo.VOCAB,
+                        text_config__layer_types=["sliding_attention", "full_attention"])),
+    Entry("MiniCPMV4_6ForConditionalGeneration", strips, change=in_turn(
+          fields(vision_config__insert_layer_id=0, insert_layer_id=0, image_token_id=IMAGE, video_token_id=VIDEO,
+                 text_config__layer_types=["linear_attention", "full_attention"]))),
+    Entry("HunYuanVLForConditionalGeneration", unmerged, finish=hunyuan_types,
+          change=fields(text_config__rope_parameters=mrope(2, 2, 2, 2), vision_config__max_image_size=56,
+                        vision_config__text_hidden_size=32, vision_config__num_key_value_heads=4,
+                        vision_config__img_max_token_num=64)),
+    Entry("Ernie4_5_VLMoeForConditionalGeneration", unmerged, ernie_film, types="mm_token_type_ids",
+          finish=expert_types,
+          change=fields(text_config__moe_intermediate_size=[16, 12], text_config__moe_num_experts=4,
+                        text_config__moe_k=2, text_config__mlp_layer_types=["dense", "sparse"],
+                        text_config__rope_parameters=mrope(1, 1, 2))),
+    Entry("Qwen2AudioForConditionalGeneration", None, audios=mel(8, 32, "feature_attention_mask", 8),
+          count=quarters("feature_attention_mask"), reads="text and media",
+          change=fields(audio_config__max_source_positions=16, audio_config__num_mel_bins=8)),
+    Entry("AudioFlamingo3ForConditionalGeneration", None, audios=mel(8, 32, "input_features_mask", 8),
+          count=quarters("input_features_mask"),
+          change=fields(audio_config__max_source_positions=16, audio_config__num_mel_bins=8)),
+    Entry("VoxtralForConditionalGeneration", None, audios=mel(8, 32), count=4,
+          change=fields(audio_config__max_source_positions=16, audio_config__num_mel_bins=8,
+                        audio_config__intermediate_size=128)),
+)  # fmt: skip
+ZOO = (*zoo.ZOO, *MORE)
+SKIPPED: tuple[tuple[str, str], ...] = (
+    ("PerceptionLMForConditionalGeneration", "its vision tower is timm's, which is not installed"),
+    ("Gemma3nForConditionalGeneration", "its vision tower is timm's, which is not installed"),
+    ("FastVlmForConditionalGeneration", "its vision tower is timm's, which is not installed"),
+)

@@ -124,6 +124,7 @@ class Entry:
     audios: Callable[[int, torch.Generator], Inputs] | None = None
     text: Callable[[int, int], list[int]] = enclosed
     finish: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what depends on the whole batch
+    loud: str = ""  # weights with this in their name keep the size of what they get; else no logit shows the features
     note: str = ""  # what is unlike the others
 
     @property
@@ -141,9 +142,11 @@ class Entry:
         torch.manual_seed(0)
         model = getattr(tf, self.kind)(self.config()).eval()
         g = torch.Generator().manual_seed(1)
-        for p in model.parameters():
+        for name, p in model.named_parameters():
             if p.ndim < 2 or not p.detach().any():
                 p.data += 0.1 * torch.randn(p.shape, generator=g)
+            elif self.loud and self.loud in name:
+                p.data = torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.eos_token_id = None
         return model

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers as tf
 import vlm_zoo as zoo
 from vlm_zoo import AUDIO, END, IMAGE, PATCH, SIDE, START, VIDEO, Entry, Inputs
 from vlm_zoo import _mrope as mrope
@@ -196,7 +197,78 @@ def quarters(mask: str) -> Callable[[Inputs], list[int]]:
     return lambda media: [((int(n) - 1) // 2 + 1 - 2) // 2 + 1 for n in media[mask].sum(-1)]
 
 
-KOSMOS = {"count": 4, "finish": marked, "reads": "always media"}
+def with_towers(family: str, **audio: Any) -> Callable[..., Callable[[Any], None]]:
+    """A config that has no towers by default, with small ones."""
+
+    def with_fields(**values: Any) -> Callable[[Any], None]:
+        def change(config: Any) -> None:
+            config.vision_config = zoo.shrink(getattr(tf, f"{family}VisionConfig")())
+            config.audio_config = zoo.shrink(getattr(tf, f"{family}AudioConfig")(**audio))
+            fields(**values)(config)
+
+        return change
+
+    return with_fields
+
+
+def gemma_sounds(n: int, g: torch.Generator) -> Inputs:
+    there = torch.ones(n, 32).bool()
+    return {"input_features": torch.randn(n, 32, 16, generator=g), "input_features_mask": there}
+
+
+def granite_sounds(n: int, g: torch.Generator) -> Inputs:
+    """The mask is of what the projector gives: three of a window of fifteen."""
+    there = torch.ones(n, 6).bool()
+    there[0, 4:] = False
+    return {"input_features": torch.randn(n, 30, 16, generator=g), "input_features_mask": there}
+
+
+OMNI = {
+    "audio_config__num_mel_bins": 16, "audio_config__output_dim": 32, "audio_config__max_source_positions": 16,
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": AUDIO, "vision_start_token_id": START,
+    "vision_end_token_id": END, "audio_start_token_id": 88, "audio_end_token_id": 89, "position_id_per_seconds": 2,
+}  # fmt: skip
+omni_sounds = mel(16, 16, "feature_attention_mask", 4)
+
+
+def omni_film(n: int, g: torch.Generator) -> Inputs:
+    return {**zoo.film(n, g), "video_second_per_grid": torch.tensor([1.0] * n)}
+
+
+def omni_count(media: Inputs) -> list[int]:
+    """Two by two patches; of a sound a quarter, or (the only long ones) 13 of each hundred and an eighth of the rest."""
+    for name in ("image_grid_thw", "video_grid_thw"):
+        if name in media:
+            return (media[name].prod(-1) // 4).tolist()
+    lengths = media["feature_attention_mask"].sum(-1).tolist()
+    if max(lengths) > 100:
+        return [n // 100 * 13 + (n % 100 + 7) // 8 for n in lengths]
+    return quarters("feature_attention_mask")(media)
+
+
+def phi_crops(n: int, g: torch.Generator) -> Inputs:
+    """A whole image and one crop of it, 2×2 patches each."""
+    return {
+        "image_pixel_values": torch.randn(n, 2, 3, SIDE, SIDE, generator=g),
+        "image_sizes": torch.tensor([[SIDE, SIDE]] * n), "image_attention_mask": torch.ones(n, 2, 2, 2).bool(),
+    }  # fmt: skip
+
+
+def phi_sounds(n: int, g: torch.Generator) -> Inputs:
+    there = torch.ones(n, 32).bool()
+    there[0, 24:] = False
+    return {
+        "audio_input_features": torch.randn(n, 32, 32, generator=g), "audio_attention_mask": there,
+        "audio_embed_sizes": torch.tensor([3] + [4] * (n - 1)),
+    }  # fmt: skip
+
+
+def phi_count(media: Inputs) -> list[int]:
+    """A row of a crop and of the whole ends with a separator, and there is one between them."""
+    return media["audio_embed_sizes"].tolist() if "audio_embed_sizes" in media else [5] * len(media["image_sizes"])
+
+
+KOSMOS = {"count": 4, "finish": marked, "reads": "always media", "loud": "image_to_text"}
 KOSMOS_TEXT = {"text_config__embed_dim": 32, "text_config__ffn_dim": 40, "text_config__layers": 2,
                "text_config__attention_heads": 4, "latent_query_num": 4, "text_config__dropout": 0.0}  # fmt: skip
 MAP = {"<image>": IMAGE, "<|extra_200|>": 89, **{f"<|visual token {i:06d}|>": 40 + i for i in range(32)}}  # fmt: skip
@@ -235,7 +307,7 @@ MORE = (
           extra=lambda n: {"qformer_input_ids": torch.arange(3, 8).expand(n, 5)}),
     Entry("BlipForConditionalGeneration", placed=False, reads="always media",
           note="features are keys of cross-attention"),
-    Entry("Florence2ForConditionalGeneration", of_side(64), count=5,
+    Entry("Florence2ForConditionalGeneration", of_side(64), count=5, loud="o",
           change=in_turn(fields(vision_config__embed_dim=[8, 16, 16, 32], vision_config__num_heads=[2, 2, 2, 2],
                          vision_config__num_groups=[2, 2, 2, 2], vision_config__depths=[1, 1, 1, 1],
                          vision_config__patch_size=[7, 3, 3, 3], vision_config__window_size=4,
@@ -245,24 +317,20 @@ MORE = (
           note="an encoder and a decoder: tokens of the prompt have no logits"),
     Entry("FuyuForCausalLM", rows_of, count=4, text=in_rows, change=fields(text_config__partial_rotary_factor=0.5),
           note="no vision tower: a linear layer of patches"),
-    Entry("IdeficsForVisionText2Text", count=1, finish=looked_at,
+    Entry("IdeficsForVisionText2Text", count=1, finish=looked_at, loud="cross_attn",
           change=fields(vision_config__num_attention_heads=4, additional_vocab_size=0, use_resampler=True,
                         freeze_text_layers=False, freeze_vision_layers=False, freeze_lm_head=False,
                         perceiver_config__use_resampler=True, cross_layer_interval=1),
           note="features are keys of gated cross-attention; black images where there is none"),
-    Entry("Llama4ForConditionalGeneration", count=1,
-          change=fields(vision_config__intermediate_size=128, vision_config__projector_input_dim=32,
-                        vision_config__projector_output_dim=32, vision_config__vision_output_dim=32,
-                        text_config__moe_layers=[1], text_config__intermediate_size_mlp=40,
-                        text_config__attention_chunk_size=16, text_config__num_experts_per_tok=1)),
-    Entry("Molmo2ForConditionalGeneration", crops, cropped_film, count=4, finish=molmo_types,
+    Entry("Molmo2ForConditionalGeneration", crops, cropped_film, count=4, finish=molmo_types, loud="projector",
           change=fields(vision_config__image_size=[SIDE, SIDE], vision_config__num_position_embeddings=4,
                         vision_config__num_key_value_heads=4, adapter_config__text_hidden_size=32,
                         adapter_config__vision_feature_layer=[0, -1], text_config__additional_vocab_size=0,
                         image_patch_id=IMAGE, image_start_token_id=START, image_end_token_id=END),
           note="features are added to the placeholders' embeddings"),
     Entry("Gemma4ForConditionalGeneration", placed_patches, film_of_placed_patches, types="mm_token_type_ids",
-          change=fields(vision_config__pooling_kernel_size=2, vision_config__position_embedding_size=8,
+          audios=gemma_sounds,
+          change=with_towers("Gemma4", subsampling_conv_channels=[16, 8], output_proj_dims=32)(vision_config__pooling_kernel_size=2, vision_config__position_embedding_size=8,
                         vision_config__num_key_value_heads=4, text_config__hidden_size_per_layer_input=8,
                         text_config__vocab_size_per_layer_input=zoo.VOCAB,
                         text_config__layer_types=["sliding_attention", "full_attention"])),
@@ -270,7 +338,7 @@ MORE = (
           fields(vision_config__insert_layer_id=0, insert_layer_id=0, image_token_id=IMAGE, video_token_id=VIDEO,
                  text_config__layer_types=["linear_attention", "full_attention"]))),
     Entry("HunYuanVLForConditionalGeneration", unmerged, finish=hunyuan_types,
-          change=fields(text_config__rope_parameters=mrope(2, 2, 2, 2), vision_config__max_image_size=56,
+          change=fields(text_config__rope_parameters=mrope(2, 2, 2, 2), text_config__head_dim=16, vision_config__max_image_size=56,
                         vision_config__text_hidden_size=32, vision_config__num_key_value_heads=4,
                         vision_config__img_max_token_num=64)),
     Entry("Ernie4_5_VLMoeForConditionalGeneration", unmerged, ernie_film, types="mm_token_type_ids",
@@ -286,11 +354,32 @@ MORE = (
           change=fields(audio_config__max_source_positions=16, audio_config__num_mel_bins=8)),
     Entry("VoxtralForConditionalGeneration", None, audios=mel(8, 32), count=4,
           change=fields(audio_config__max_source_positions=16, audio_config__num_mel_bins=8,
-                        audio_config__intermediate_size=128)),
+                        audio_config__intermediate_size=128, audio_token_id=AUDIO)),
+    Entry("GraniteSpeechForConditionalGeneration", None, audios=granite_sounds, loud="projector",
+          count=lambda media: media["input_features_mask"].sum(-1).tolist(),
+          change=fields(encoder_config__input_dim=16, encoder_config__num_layers=2, encoder_config__output_dim=8,
+                        encoder_config__dim_head=8, encoder_config__num_heads=4, encoder_config__context_size=10,
+                        encoder_config__max_pos_emb=16, encoder_config__conv_kernel_size=3, window_size=15, has_lora_adapter=False)),
+    Entry("Qwen2_5OmniThinkerForConditionalGeneration", zoo.rows(), omni_film, audios=omni_sounds,
+          change=fields(**OMNI, text_config__rope_parameters=mrope(1, 1, 2), audio_config__n_window=4),
+          count=omni_count),
+    Entry("Qwen3OmniMoeThinkerForConditionalGeneration", zoo.rows(), omni_film,
+          audios=mel(16, 120, "feature_attention_mask", 20), count=omni_count, loud="audio_tower",
+          change=fields(**OMNI, text_config__rope_parameters=mrope(3, 3, 2, mrope_interleaved=True),
+                        audio_config__n_window=50, audio_config__n_window_infer=100,
+                        audio_config__downsample_hidden_size=8, text_config__shared_expert_intermediate_size=16)),
+    Entry("Phi4MultimodalForCausalLM", phi_crops, audios=phi_sounds, count=phi_count, loud="audio_embed",
+          change=in_turn(fields(audio_config__num_blocks=2, audio_config__ext_pw_out_channel=32,
+                                audio_config__depthwise_separable_out_channel=32, audio_config__nemo_conv_channels=8,
+                                audio_config__input_size=32, vision_config__crop_size=SIDE,
+                                audio_config__nemo_final_size=4,
+                                audio_config__bias_max_distance=8)),
+          note="features are put by index_put"),
 )  # fmt: skip
 ZOO = (*zoo.ZOO, *MORE)
 SKIPPED: tuple[tuple[str, str], ...] = (
     ("PerceptionLMForConditionalGeneration", "its vision tower is timm's, which is not installed"),
     ("Gemma3nForConditionalGeneration", "its vision tower is timm's, which is not installed"),
+    ("Llama4ForConditionalGeneration", "forward of transformers 5.24 reads image_outputs of an output without it"),
     ("FastVlmForConditionalGeneration", "its vision tower is timm's, which is not installed"),
 )

@@ -158,7 +158,7 @@ class Entry:
             return None
         if (case == "audio" and self.audios is None) or (case in ("image", "images") and self.images is None):
             return None
-        if self.reads != "text and media" and case not in ("image", "left", "video", "audio"):
+        if self.reads != "text and media" and case not in ("image", "left", "right", "video", "audio"):
             return None
         if self.reads == "media":
             return self.images(2, g) if case == "image" and self.images is not None else None
@@ -294,10 +294,44 @@ def naflex(n: int, g: torch.Generator) -> Inputs:
     return {**naflex_pixels(n, g), "input_ids": torch.randint(3, 80, (n, 6), generator=g)}
 
 
+def by_frames(token: int, n: int) -> list[int]:
+    """A film is two frames, each after its time."""
+    if token != VIDEO:
+        return enclosed(token, n)
+    return [x for time in (81, 82) for x in (time, *enclosed(token, n // 2))]
+
+
+def of_images(inputs: Inputs) -> Inputs:
+    """Frames have the token of images, another type, and what encloses the film (GLM)."""
+    ids = inputs["input_ids"]
+    ids[ids == VIDEO] = IMAGE
+    return inputs
+
+
+def small_film(n: int, g: torch.Generator) -> Inputs:
+    """Patches without time; some tokens are left out, as like those before (VideoLLaMA 3)."""
+    grid = torch.tensor([[2, 4, 4]] * n)
+    kept = torch.ones(n * 8).bool()
+    kept[5:8] = False
+    pixels = torch.randn(n * 2 * 16, 3 * PATCH * PATCH, generator=g)
+    return {
+        "pixel_values_videos": pixels, "video_grid_thw": grid, "video_merge_sizes": torch.tensor([2] * n),
+        "video_compression_mask": kept,
+    }  # fmt: skip
+
+
+def tokens_kept(media: Inputs) -> list[int]:
+    if "video_compression_mask" in media:
+        return [int(kept.sum()) for kept in media["video_compression_mask"].split(8)]
+    return (media["image_grid_thw"].prod(-1) // 4).tolist()
+
+
 ROWS = {"images": rows(), "types": "mm_token_type_ids"}
 QWEN = {**ROWS, "videos": film}
 ROPE4 = _set(text_config__rope_parameters=_mrope(1, 1, 2))
-GLM = {**ROWS, "change": ROPE4}
+FRAMES = {**QWEN, "text": by_frames}
+GLM_ROWS = {**FRAMES, "finish": of_images}
+GLM = {**GLM_ROWS, "change": ROPE4}
 QUERIES = {
     "count": 4, "reads": "always media", "change": _set(image_token_index=IMAGE, text_config__word_embed_proj_dim=32),
 }  # fmt: skip
@@ -308,7 +342,7 @@ _ENTRIES = (
     Entry("LlavaNextVideoForConditionalGeneration", tiles, frames, change=_set(**GRID)),
     Entry("LlavaOnevisionForConditionalGeneration", tiles, frames, change=_set(**GRID)),
     Entry("VipLlavaForConditionalGeneration", change=_set(vision_feature_layers=[-1, -2])),
-    Entry("VideoLlavaForConditionalGeneration"),
+    Entry("VideoLlavaForConditionalGeneration", videos=frames),
     Entry("AyaVisionForConditionalGeneration"),
     Entry("Cohere2VisionForConditionalGeneration"),
     Entry("PaliGemmaForConditionalGeneration", types="token_type_ids"),
@@ -320,13 +354,13 @@ _ENTRIES = (
     Entry("QianfanOCRForConditionalGeneration"),
     Entry("Qwen2VLForConditionalGeneration", **QWEN, change=ROPE4),
     Entry("Qwen2_5_VLForConditionalGeneration", **QWEN, change=ROPE4),
-    Entry("Qwen3VLForConditionalGeneration", **ROWS),
-    Entry("Qwen3VLMoeForConditionalGeneration", **ROWS),
-    Entry("Qwen3_5ForConditionalGeneration", **ROWS,
+    Entry("Qwen3VLForConditionalGeneration", **FRAMES),
+    Entry("Qwen3VLMoeForConditionalGeneration", **FRAMES),
+    Entry("Qwen3_5ForConditionalGeneration", **FRAMES,
           change=_set(text_config__layer_types=["linear_attention", "full_attention"])),
-    Entry("Cosmos3OmniForConditionalGeneration", **ROWS),
+    Entry("Cosmos3OmniForConditionalGeneration", **FRAMES),
     Entry("Glm4vForConditionalGeneration", **GLM),
-    Entry("Glm4vMoeForConditionalGeneration", **ROWS,
+    Entry("Glm4vMoeForConditionalGeneration", **GLM_ROWS,
           change=_set(text_config__rope_parameters=_mrope(0, 1, 1, partial_rotary_factor=0.5))),
     Entry("Glm46VForConditionalGeneration", **GLM),
     Entry("GlmOcrForConditionalGeneration", **GLM),
@@ -334,7 +368,7 @@ _ENTRIES = (
     Entry("HyperCLOVAXVisionV2ForConditionalGeneration", rows(), film),
     Entry("PaddleOCRVLForConditionalGeneration", patches, since=(5, 23), types="mm_token_type_ids",
           change=_set(text_config__rope_parameters=_mrope(2, 3, 3))),
-    Entry("VideoLlama3ForConditionalGeneration", merged),
+    Entry("VideoLlama3ForConditionalGeneration", merged, small_film, count=tokens_kept),
     Entry("Mistral3ForConditionalGeneration", sized, change=_set(vision_config__head_dim=8)),
     Entry("LightOnOcrForConditionalGeneration", sized, change=_set(vision_config__head_dim=8)),
     Entry("Blip2ForConditionalGeneration", **QUERIES),

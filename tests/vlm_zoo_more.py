@@ -158,6 +158,19 @@ def strips(n: int, g: torch.Generator) -> Inputs:
     return {"pixel_values": torch.randn(1, 3, PATCH, long, generator=g), "target_sizes": torch.tensor(sizes)}
 
 
+def film_strip(n: int, g: torch.Generator) -> Inputs:
+    """Two frames a film."""
+    pixels = torch.randn(1, 3, PATCH, n * 2 * 16 * PATCH, generator=g)
+    return {"pixel_values_videos": pixels, "target_sizes_videos": torch.tensor([[4, 4]] * (2 * n))}
+
+
+def sixteen_patches(media: Inputs) -> list[int]:
+    """Are a token."""
+    if "target_sizes" in media:
+        return (media["target_sizes"].prod(-1) // 16).tolist()
+    return [2] * (len(media["target_sizes_videos"]) // 2)
+
+
 def hunyuan_types(inputs: Inputs) -> Inputs:
     return {**inputs, "mm_token_type_ids": (inputs["input_ids"] == IMAGE).int()}
 
@@ -268,6 +281,25 @@ def phi_count(media: Inputs) -> list[int]:
     return media["audio_embed_sizes"].tolist() if "audio_embed_sizes" in media else [5] * len(media["image_sizes"])
 
 
+def sixteenths(media: Inputs) -> list[int]:
+    """A stride of two, then four to a token (GLM-ASR)."""
+    return [((int(n) - 1) // 2 + 1 - 4) // 4 + 1 for n in media["input_features_mask"].sum(-1)]
+
+
+def with_pixtral(config: Any) -> None:
+    config.vision_config = zoo.shrink(tf.PixtralVisionConfig())
+    config.vision_config.head_dim = 8
+    config.vision_feature_select_strategy = "full"
+
+
+def tile_tokens(media: Inputs) -> list[int]:
+    return [1] * media["pixel_values"].shape[1]
+
+
+def tiles_of_one(n: int, g: torch.Generator) -> Inputs:
+    return {**zoo.stacked(n, g), "pixel_attention_mask": torch.ones(1, n).bool()}
+
+
 KOSMOS = {"count": 4, "finish": marked, "reads": "always media", "loud": "image_to_text"}
 KOSMOS_TEXT = {"text_config__embed_dim": 32, "text_config__ffn_dim": 40, "text_config__layers": 2,
                "text_config__attention_heads": 4, "latent_query_num": 4, "text_config__dropout": 0.0}  # fmt: skip
@@ -334,7 +366,7 @@ MORE = (
                         vision_config__num_key_value_heads=4, text_config__hidden_size_per_layer_input=8,
                         text_config__vocab_size_per_layer_input=zoo.VOCAB,
                         text_config__layer_types=["sliding_attention", "full_attention"])),
-    Entry("MiniCPMV4_6ForConditionalGeneration", strips, change=in_turn(
+    Entry("MiniCPMV4_6ForConditionalGeneration", strips, film_strip, count=sixteen_patches, change=(
           fields(vision_config__insert_layer_id=0, insert_layer_id=0, image_token_id=IMAGE, video_token_id=VIDEO,
                  text_config__layer_types=["linear_attention", "full_attention"]))),
     Entry("HunYuanVLForConditionalGeneration", unmerged, finish=hunyuan_types,
@@ -375,6 +407,22 @@ MORE = (
                                 audio_config__nemo_final_size=4,
                                 audio_config__bias_max_distance=8)),
           note="features are put by index_put"),
+    Entry("GlmAsrForConditionalGeneration", None, audios=mel(8, 32, "input_features_mask", 16), count=sixteenths,
+          change=fields(audio_config__num_mel_bins=8, audio_config__max_position_embeddings=16, audio_token_id=AUDIO,
+                        audio_config__intermediate_size=128)),
+    Entry("Qwen3_5MoeForConditionalGeneration", **zoo.FRAMES,
+          change=fields(text_config__layer_types=["linear_attention", "full_attention"],
+                        text_config__shared_expert_intermediate_size=16)),
+    Entry("LlavaForConditionalGeneration", zoo.sized, change=with_pixtral, note="Pixtral's tower"),
+    Entry("GraniteDoclingForConditionalGeneration", tiles_of_one, count=tile_tokens,
+          change=fields(vision_config__scale_factor=2)),
+    Entry("Step3p7ForConditionalGeneration", change=fields(text_config__sliding_window=16)),
+    Entry("Lfm3VlForConditionalGeneration", zoo.rows(),
+          change=fields(text_config__layer_types=["conv", "full_attention"], image_token_id=IMAGE)),
+    Entry("OwlViTModel", zoo.clip_and_text, reads="media", generates=False),
+    Entry("Aimv2Model", zoo.clip_and_text, reads="media", generates=False),
+    Entry("IJepaForImageClassification", reads="media", generates=False),
+    Entry("ViltModel", zoo.clip_and_text, reads="media", generates=False),
 )  # fmt: skip
 ZOO = (*zoo.ZOO, *MORE)
 SKIPPED: tuple[tuple[str, str], ...] = (

@@ -27,7 +27,9 @@ def taken() -> list[Any]:
     """All of them, most marked ``full``."""
     found, names = [], set()
     for entry in ZOO:
-        name = entry.name if entry.name not in names else entry.name + "-" + entry.note.split("'")[0]
+        name = (
+            entry.name if entry.name not in names else entry.name + "-" + entry.note.split("'")[0]
+        )
         often = entry.name in OFTEN and entry.name not in names
         found.append(pytest.param(entry, id=name, marks=() if often else (pytest.mark.full,)))
         names.add(entry.name)
@@ -37,7 +39,9 @@ def taken() -> list[Any]:
 def out(model: Any, inputs: Inputs) -> torch.Tensor:
     """A model may write into what it is given."""
     result = model(**copy.deepcopy(inputs))
-    return next(result[k] for k in ("logits", "logits_per_image", "last_hidden_state") if k in result)
+    return next(
+        result[k] for k in ("logits", "logits_per_image", "last_hidden_state") if k in result
+    )
 
 
 def cases(entry: Entry) -> list[tuple[str, Inputs]]:
@@ -74,7 +78,7 @@ def test_runs_and_sees_its_media(entry: Entry) -> None:
         assert "labels" not in inputs
         with entrances(model) as weights:
             before = out(model, inputs)
-        assert before.isfinite().all(), case
+        assert before.isfinite().all() and torch.equal(out(model, inputs), before), case
         media = [name for name in MEDIA if name in inputs and case != "text"]
         for name in media:
             other = copy.deepcopy(inputs)

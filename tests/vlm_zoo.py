@@ -40,8 +40,8 @@ def shrink(config: Any) -> Any:
     for name, value in list(vars(config).items()):
         if isinstance(value, tf.PreTrainedConfig):
             shrink(value)
-        elif name == "initializer_range" and value < 1e-3:  # so small that no feature is seen in a logit
-            config.initializer_range = 0.02
+        elif name == "initializer_range" and value < 1e-3:
+            config.initializer_range = 0.02  # BLIP's 1e-10: no logit shows what is in an image
         elif name == "layer_types" and value:
             config.layer_types = value[:2]
         elif name in SMALL and value is not None:
@@ -153,16 +153,15 @@ class Entry:
 
     def batch(self, case: str, g: torch.Generator) -> Inputs | None:
         """Inputs of one of ``CASES``; None if the class has none."""
-        counts = {"text": [0, 0], "images": [0, 1, 2], "video": [0, 0], "audio": [0, 0]}.get(case, [1, 1])
-        if (case == "video" and self.videos is None) or (case == "images" and not self.several):
+        media = {"image": self.images, "images": self.images, "video": self.videos, "audio": self.audios}  # fmt: skip
+        if media.get(case, square) is None or (case == "images" and not self.several):
             return None
-        if (case == "audio" and self.audios is None) or (case in ("image", "images") and self.images is None):
-            return None
-        if self.reads != "text and media" and case not in ("image", "left", "right", "video", "audio"):
+        if self.reads != "text and media" and case in ("text", "images"):
             return None
         if self.reads == "media":
             return self.images(2, g) if case == "image" and self.images is not None else None
-        return _batch(self, counts, case, g)
+        counts = {"text": [0, 0], "images": [0, 1, 2], "video": [0, 0], "audio": [0, 0]}
+        return _batch(self, counts.get(case, [1, 1]), case, g)
 
 
 @functools.cache
@@ -302,21 +301,16 @@ def by_frames(token: int, n: int) -> list[int]:
 
 
 def of_images(inputs: Inputs) -> Inputs:
-    """Frames have the token of images, another type, and what encloses the film (GLM)."""
+    """Frames have the token of images, and another type (GLM)."""
     ids = inputs["input_ids"]
-    ids[ids == VIDEO] = IMAGE
-    return inputs
+    return {**inputs, "input_ids": torch.where(ids == VIDEO, IMAGE, ids)}
 
 
 def small_film(n: int, g: torch.Generator) -> Inputs:
-    """Patches without time; some tokens are left out, as like those before (VideoLLaMA 3)."""
-    grid = torch.tensor([[2, 4, 4]] * n)
-    kept = torch.ones(n * 8).bool()
-    kept[5:8] = False
-    pixels = torch.randn(n * 2 * 16, 3 * PATCH * PATCH, generator=g)
+    """Patches without time; three tokens of the first film are left out: like those before (VideoLLaMA 3)."""
     return {
-        "pixel_values_videos": pixels, "video_grid_thw": grid, "video_merge_sizes": torch.tensor([2] * n),
-        "video_compression_mask": kept,
+        **film(n, g), "pixel_values_videos": torch.randn(n * 2 * 16, 3 * PATCH * PATCH, generator=g),
+        "video_merge_sizes": torch.tensor([2] * n), "video_compression_mask": torch.arange(n * 8) // 3 != 1,
     }  # fmt: skip
 
 

@@ -15,8 +15,8 @@ import torch
 import transformers as tf
 
 Inputs = dict[str, Any]
-CASES = ("text", "image", "images", "left", "right", "video")
-VOCAB, IMAGE, VIDEO, START, END, SIDE, PATCH = 96, 90, 91, 92, 93, 28, 14
+CASES = ("text", "image", "images", "left", "right", "video", "audio")
+VOCAB, IMAGE, VIDEO, START, END, AUDIO, SIDE, PATCH = 96, 90, 91, 92, 93, 94, 28, 14
 SMALL: Inputs = {
     "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB, "image_size": SIDE, "patch_size": PATCH, "depth": 2,
@@ -29,7 +29,8 @@ SMALL: Inputs = {
     "num_position_embeddings": 16, "window_size": 56, "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0],
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_token_id": IMAGE, "image_token_index": IMAGE,
     "video_token_id": VIDEO, "video_token_index": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
-    "hidden_dim": 32, "layer_norm_eps": 1e-6, "attention_dropout": 0.0, "mlp_dim": 40,
+    "hidden_dim": 32, "layer_norm_eps": 1e-6, "attention_dropout": 0.0, "mlp_dim": 40, "audio_token_id": AUDIO,
+    "audio_token_index": AUDIO,
 }  # fmt: skip
 
 
@@ -39,6 +40,8 @@ def shrink(config: Any) -> Any:
     for name, value in list(vars(config).items()):
         if isinstance(value, tf.PreTrainedConfig):
             shrink(value)
+        elif name == "initializer_range" and value < 1e-3:
+            config.initializer_range = 0.02  # BLIP's 1e-10: no logit shows what is in an image
         elif name == "layer_types" and value:
             config.layer_types = value[:2]
         elif name in SMALL and value is not None:
@@ -97,52 +100,68 @@ def frames(n: int, g: torch.Generator) -> Inputs:
     return {"pixel_values_videos": torch.randn(n, 4, 3, SIDE, SIDE, generator=g)}
 
 
+def enclosed(token: int, n: int) -> list[int]:
+    """What stands in the text for an image, a video or a sound of n features."""
+    return [START, *[token] * n, END]
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
     """``change`` is applied to the small config; ``count``: tokens of an image where the model does not tell."""
 
     kind: str
-    images: Callable[[int, torch.Generator], Inputs] = square
+    images: Callable[[int, torch.Generator], Inputs] | None = square
     videos: Callable[[int, torch.Generator], Inputs] | None = None
     change: Callable[[Any], Any] = lambda c: None
     types: str = ""  # name of the input that says which tokens are images'
-    count: int = 0
+    count: int | Callable[[Inputs], list[int]] = 0
     reads: str = "text and media"  # or "always media": no call without; "media": no text
     placed: bool = True  # the text has placeholders
     several: bool = True
     generates: bool = True
     extra: Callable[[int], Inputs] = lambda samples: {}
     since: tuple[int, int] = (5, 3)  # an older transformers wants other inputs
+    audios: Callable[[int, torch.Generator], Inputs] | None = None
+    text: Callable[[int, int], list[int]] = enclosed
+    finish: Callable[[Inputs], Inputs] = lambda inputs: inputs  # what depends on the whole batch
+    loud: str = ""  # weights with this in their name keep the size of what they get; else no logit shows the features
+    note: str = ""  # what is unlike the others
 
     @property
     def name(self) -> str:
         return self.kind.removesuffix("ForConditionalGeneration")
 
+    def config(self) -> Any:
+        """The class's own, small."""
+        config = shrink(getattr(tf, self.kind).config_class())
+        self.change(config)
+        return config
+
     def build(self) -> Any:
         """In evaluation mode. What starts as zeros (gates, biases) is noise, so that it counts."""
-        cls = getattr(tf, self.kind)
-        config = shrink(cls.config_class())
-        self.change(config)
         torch.manual_seed(0)
-        model = cls(config).eval()
+        model = getattr(tf, self.kind)(self.config()).eval()
         g = torch.Generator().manual_seed(1)
-        for p in model.parameters():
+        for name, p in model.named_parameters():
             if p.ndim < 2 or not p.detach().any():
                 p.data += 0.1 * torch.randn(p.shape, generator=g)
+            elif self.loud and self.loud in name:
+                p.data = torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.eos_token_id = None
         return model
 
     def batch(self, case: str, g: torch.Generator) -> Inputs | None:
         """Inputs of one of ``CASES``; None if the class has none."""
-        counts = {"text": [0, 0], "images": [0, 1, 2], "video": [0, 0]}.get(case, [1, 1])
-        if (case == "video" and self.videos is None) or (case == "images" and not self.several):
+        media = {"image": self.images, "images": self.images, "video": self.videos, "audio": self.audios}  # fmt: skip
+        if media.get(case, square) is None or (case == "images" and not self.several):
             return None
-        if self.reads != "text and media" and case not in ("image", "left", "video"):
+        if self.reads != "text and media" and case in ("text", "images"):
             return None
         if self.reads == "media":
-            return self.images(2, g) if case == "image" else None
-        return _batch(self, counts, case, g)
+            return self.images(2, g) if case == "image" and self.images is not None else None
+        counts = {"text": [0, 0], "images": [0, 1, 2], "video": [0, 0], "audio": [0, 0]}
+        return _batch(self, counts.get(case, [1, 1]), case, g)
 
 
 @functools.cache
@@ -156,10 +175,13 @@ def _tokens(entry: Entry, media: Inputs, kind: str) -> list[int]:
     names = {
         "image": ("pixel_values", "get_image_features"),
         "video": ("pixel_values_videos", "get_video_features"),
+        "audio": ("input_features", "get_audio_features"),
     }
     values, method = names[kind]
+    if callable(entry.count):
+        return entry.count(media)
     if entry.count or not entry.placed:
-        return [entry.count] * len(media[values])
+        return [entry.count] * len(next(iter(media.values())))
     model = _model(entry)
     model = model if hasattr(model, method) else model.model
     rest = {k: v for k, v in media.items() if k != values}
@@ -171,18 +193,23 @@ def _tokens(entry: Entry, media: Inputs, kind: str) -> list[int]:
 
 
 def _batch(entry: Entry, counts: list[int], case: str, g: torch.Generator) -> Inputs:
-    n = sum(counts)
-    media = entry.images(n, g) if n else {}
+    n = sum(counts) if entry.images is not None else 0
+    media = entry.images(n, g) if n and entry.images is not None else {}
     lengths = _tokens(entry, media, "image") if n else []
     films = entry.videos(2, g) if case == "video" and entry.videos is not None else {}
     film_lengths = _tokens(entry, films, "video") if films else []
+    heard = case == "audio" or (entry.images is None and case in ("left", "right"))
+    sounds = entry.audios(2, g) if heard and entry.audios is not None else {}
+    sound_lengths = _tokens(entry, sounds, "audio") if sounds else []
     ids, types, at = [], [], 0
     for row, count in enumerate(counts):
         pieces = [[*_text(3, g)]]
         for length in lengths[at : at + count]:
-            pieces += [[START, *[IMAGE] * (length if entry.placed else 0), END], _text(2, g)]
+            pieces += [entry.text(IMAGE, length if entry.placed else 0), _text(2, g)]
         if films:
-            pieces += [[START, *[VIDEO] * film_lengths[row], END], _text(2, g)]
+            pieces += [entry.text(VIDEO, film_lengths[row]), _text(2, g)]
+        if sounds:
+            pieces += [entry.text(AUDIO, sound_lengths[row]), _text(2, g)]
         at += count
         ids.append([x for p in pieces for x in p] + _text(2, g))
     if case not in ("left", "right"):
@@ -201,12 +228,13 @@ def _batch(entry: Entry, counts: list[int], case: str, g: torch.Generator) -> In
         "attention_mask": torch.tensor(mask),
         **media,
         **films,
+        **sounds,
     }
     if entry.types:
-        types = [[{IMAGE: 1, VIDEO: 2}.get(i, 0) for i in row] for row in ids]
+        types = [[{IMAGE: 1, VIDEO: 2, AUDIO: 3}.get(i, 0) for i in row] for row in ids]
         inputs[entry.types] = torch.tensor(types)
     inputs |= entry.extra(len(counts)) if n or films else {}
-    return inputs
+    return entry.finish(inputs)
 
 
 def _text(n: int, g: torch.Generator) -> list[int]:
@@ -265,10 +293,39 @@ def naflex(n: int, g: torch.Generator) -> Inputs:
     return {**naflex_pixels(n, g), "input_ids": torch.randint(3, 80, (n, 6), generator=g)}
 
 
+def by_frames(token: int, n: int) -> list[int]:
+    """A film is two frames, each after its time."""
+    if token != VIDEO:
+        return enclosed(token, n)
+    return [x for time in (81, 82) for x in (time, *enclosed(token, n // 2))]
+
+
+def of_images(inputs: Inputs) -> Inputs:
+    """Frames have the token of images, and another type (GLM)."""
+    ids = inputs["input_ids"]
+    return {**inputs, "input_ids": torch.where(ids == VIDEO, IMAGE, ids)}
+
+
+def small_film(n: int, g: torch.Generator) -> Inputs:
+    """Patches without time; three tokens of the first film are left out: like those before (VideoLLaMA 3)."""
+    return {
+        **film(n, g), "pixel_values_videos": torch.randn(n * 2 * 16, 3 * PATCH * PATCH, generator=g),
+        "video_merge_sizes": torch.tensor([2] * n), "video_compression_mask": torch.arange(n * 8) // 3 != 1,
+    }  # fmt: skip
+
+
+def tokens_kept(media: Inputs) -> list[int]:
+    if "video_compression_mask" in media:
+        return [int(kept.sum()) for kept in media["video_compression_mask"].split(8)]
+    return (media["image_grid_thw"].prod(-1) // 4).tolist()
+
+
 ROWS = {"images": rows(), "types": "mm_token_type_ids"}
 QWEN = {**ROWS, "videos": film}
 ROPE4 = _set(text_config__rope_parameters=_mrope(1, 1, 2))
-GLM = {**ROWS, "change": ROPE4}
+FRAMES = {**QWEN, "text": by_frames}
+GLM_ROWS = {**FRAMES, "finish": of_images}
+GLM = {**GLM_ROWS, "change": ROPE4}
 QUERIES = {
     "count": 4, "reads": "always media", "change": _set(image_token_index=IMAGE, text_config__word_embed_proj_dim=32),
 }  # fmt: skip
@@ -279,7 +336,7 @@ _ENTRIES = (
     Entry("LlavaNextVideoForConditionalGeneration", tiles, frames, change=_set(**GRID)),
     Entry("LlavaOnevisionForConditionalGeneration", tiles, frames, change=_set(**GRID)),
     Entry("VipLlavaForConditionalGeneration", change=_set(vision_feature_layers=[-1, -2])),
-    Entry("VideoLlavaForConditionalGeneration"),
+    Entry("VideoLlavaForConditionalGeneration", videos=frames),
     Entry("AyaVisionForConditionalGeneration"),
     Entry("Cohere2VisionForConditionalGeneration"),
     Entry("PaliGemmaForConditionalGeneration", types="token_type_ids"),
@@ -291,13 +348,13 @@ _ENTRIES = (
     Entry("QianfanOCRForConditionalGeneration"),
     Entry("Qwen2VLForConditionalGeneration", **QWEN, change=ROPE4),
     Entry("Qwen2_5_VLForConditionalGeneration", **QWEN, change=ROPE4),
-    Entry("Qwen3VLForConditionalGeneration", **ROWS),
-    Entry("Qwen3VLMoeForConditionalGeneration", **ROWS),
-    Entry("Qwen3_5ForConditionalGeneration", **ROWS,
+    Entry("Qwen3VLForConditionalGeneration", **FRAMES),
+    Entry("Qwen3VLMoeForConditionalGeneration", **FRAMES),
+    Entry("Qwen3_5ForConditionalGeneration", **FRAMES,
           change=_set(text_config__layer_types=["linear_attention", "full_attention"])),
-    Entry("Cosmos3OmniForConditionalGeneration", **ROWS),
+    Entry("Cosmos3OmniForConditionalGeneration", **FRAMES),
     Entry("Glm4vForConditionalGeneration", **GLM),
-    Entry("Glm4vMoeForConditionalGeneration", **ROWS,
+    Entry("Glm4vMoeForConditionalGeneration", **GLM_ROWS,
           change=_set(text_config__rope_parameters=_mrope(0, 1, 1, partial_rotary_factor=0.5))),
     Entry("Glm46VForConditionalGeneration", **GLM),
     Entry("GlmOcrForConditionalGeneration", **GLM),
@@ -305,7 +362,7 @@ _ENTRIES = (
     Entry("HyperCLOVAXVisionV2ForConditionalGeneration", rows(), film),
     Entry("PaddleOCRVLForConditionalGeneration", patches, since=(5, 23), types="mm_token_type_ids",
           change=_set(text_config__rope_parameters=_mrope(2, 3, 3))),
-    Entry("VideoLlama3ForConditionalGeneration", merged),
+    Entry("VideoLlama3ForConditionalGeneration", merged, small_film, count=tokens_kept),
     Entry("Mistral3ForConditionalGeneration", sized, change=_set(vision_config__head_dim=8)),
     Entry("LightOnOcrForConditionalGeneration", sized, change=_set(vision_config__head_dim=8)),
     Entry("Blip2ForConditionalGeneration", **QUERIES),

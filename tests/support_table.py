@@ -8,16 +8,19 @@ import sys
 from pathlib import Path
 
 import transformers as tf
-from vlm_zoo import ZOO, Entry
+from vlm_zoo import Entry
+from vlm_zoo_more import ZOO as EVERY
 
 import mmkernels
 
 PATH = Path(__file__).parents[1] / "docs" / "support.md"
 PARTS = ("patch_embed", "projector", "merge", "positions")
+ZOO = [e for e in EVERY if e.name != "Kosmos2_5"]  # nothing to replace
 HEAD = f"""# What `mmkernels.patch(model)` replaces
 
 Made by `python tests/support_table.py` from tiny random models of transformers {tf.__version__}; every class here is
-compared patched and not, logits, gradients and generated tokens (`tests/test_patch_classes.py`). A class that is not
+compared patched and not, logits, gradients and generated tokens (`tests/test_patch_classes.py`; Kosmos-2 and Gemma 4,
+which have no fp64, by their logits in fp32). A class that is not
 here is patched all the same if its parts have a structure that the table knows: `mmkernels.patch(model).report()` says.
 
 - **patch_embed**: the convolution that cuts patches; *with positions* also class token and positions in the same op.
@@ -48,7 +51,8 @@ def row(entry: Entry) -> tuple[str, list[str]]:
     reasons = [
         f"`{entry.kind}` {line.module}: {line.why_not}" for line in patched.lines if line.why_not
     ]
-    return f"| {entry.kind} | {' | '.join(cells)} |", reasons
+    kind = entry.kind + (f" ({entry.note})" if entry.note == "Pixtral's tower" else "")
+    return f"| {kind} | {' | '.join(cells)} |", reasons
 
 
 def table() -> str:

@@ -51,7 +51,11 @@ def _positions(
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     named = {RENAMED.get(k, k): v for k, v in given.items()}
     taken = {k: named[k] for k in TAKEN if named.get(k) is not None}
-    if "input_ids" not in taken:
+    seconds = taken.get("second_per_grid_ts")
+    rounded = isinstance(seconds, torch.Tensor) and seconds.dtype in (torch.bfloat16, torch.float16)
+    if (
+        "input_ids" not in taken or rounded
+    ):  # a processor's floats cast with the pixels: the model's own rounding
         return original(*args, **kwargs)
     return mrope_positions(**taken, family=row)
 

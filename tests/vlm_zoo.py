@@ -15,6 +15,7 @@ import torch
 import transformers as tf
 
 Inputs = dict[str, Any]
+_VERSION = tuple(map(int, tf.__version__.split(".")[:2]))
 CASES = ("text", "image", "images", "left", "right", "video", "audio")
 VOCAB, IMAGE, VIDEO, START, END, AUDIO, SIDE, PATCH = 96, 90, 91, 92, 93, 94, 28, 14
 SMALL: Inputs = {
@@ -323,7 +324,8 @@ def tokens_kept(media: Inputs) -> list[int]:
 ROWS = {"images": rows(), "types": "mm_token_type_ids"}
 QWEN = {**ROWS, "videos": film}
 ROPE4 = _set(text_config__rope_parameters=_mrope(1, 1, 2))
-FRAMES = {**QWEN, "text": by_frames}
+# An older transformers wants the frames of a film otherwise.
+FRAMES = {**QWEN, "text": by_frames} if _VERSION >= (5, 23) else ROWS
 GLM_ROWS = {**FRAMES, "finish": of_images}
 GLM = {**GLM_ROWS, "change": ROPE4}
 QUERIES = {
@@ -396,5 +398,4 @@ _ENTRIES = (
     Entry("ASTForAudioClassification", spectrogram, reads="media", generates=False,
           change=_set(max_length=48, num_mel_bins=32)),
 )  # fmt: skip
-_VERSION = tuple(map(int, tf.__version__.split(".")[:2]))
 ZOO = tuple(e for e in _ENTRIES if hasattr(tf, e.kind) and e.since <= _VERSION)

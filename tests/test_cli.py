@@ -206,4 +206,4 @@ def test_demo_full_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert word in out
     assert Image.open(tmp_path / "demo-full.png").size[0] > 1000
     stages = checkpoint.load(tmp_path).stages
-    assert stages == ("vision", "hearing", "language", "drawing", "pt", "it")
+    assert stages == ("vision", "hearing", "language", "drawing", "pt", "it", "signals")

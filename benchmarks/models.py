@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of transformers as they are and patched: forward and training step, time, peak memory; forward of each part.
+"""Models of transformers as they are and patched: forward and training step, time, peak memory; each part by itself.
 
 ``python -m benchmarks.models OUT.json [--dtype fp32] [--compile] [--only NAME ...]``. Real widths and image sizes, two
 layers a tower and a decoder: at full depth the front's share of the time is that much smaller, and so is the gain.
-Losses are compared before anything is timed; the step has no optimizer.
+Losses are compared before anything is timed; the step has no optimizer. A part's time is that of the calls which
+``patch`` has replaced, with the arguments they have in the forward.
 """
 
 import argparse
@@ -22,9 +23,9 @@ import mmkernels
 from benchmarks import timing
 from benchmarks.record import Run, new_run
 from benchmarks.report import circumstances, write_readme
+from mmkernels.hf.merge import scatter_rows
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PARTS = ("patch_embed", "projector", "merge", "positions")
 IMAGE, START, END, SAMPLES, WORDS = 31990, 31991, 31992, 1, 64
 TEXT = {
     "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 16,
@@ -189,17 +190,86 @@ def forward(model: Any, inputs: Inputs) -> tuple[torch.Tensor, ...]:
 
 
 def variants_of(model: Any, compiled: bool) -> tuple[dict[str, Any], mmkernels.Patched]:
-    """Copies: as it is, patched, with each part alone, compiled."""
+    """Copies: as it is, patched, and both compiled."""
     found = {"eager": model, "patched": copy.deepcopy(model)}
     patched = mmkernels.patch(found["patched"])
-    for part in PARTS:
-        if any(line.part == part and not line.why_not for line in patched.lines):
-            found[part] = copy.deepcopy(model)
-            mmkernels.patch(found[part], **{p: p == part for p in PARTS})
     if compiled:
         found["compile"] = torch.compile(copy.deepcopy(model))
         found["patched compile"] = torch.compile(copy.deepcopy(found["patched"]))
     return found, patched
+
+
+Calls = dict[str, list[tuple[timing.Call, timing.Call]]]  # by part: ours and the model's own
+
+
+@torch.no_grad()
+def calls_of(model: Any, patched: mmkernels.Patched, inputs: Inputs) -> Calls:
+    """What is replaced in one forward, by part, with its arguments."""
+    calls: Calls = {}
+    taken = [line.part for line in patched.lines if not line.why_not]
+    methods = [
+        (part, module, method, module.__dict__[method])
+        for part, (module, method) in zip(taken, patched.replaced, strict=True)
+        if part != "merge"  # a whole forward, of which one line is ours
+    ]
+
+    def recorded(part: str, ours: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            each = (functools.partial(f, *args, **kwargs) for f in (ours, ours.args[3]))
+            calls.setdefault(part, []).append(tuple(each))  # type: ignore[arg-type]
+            return ours(*args, **kwargs)
+
+        return call
+
+    for part, module, method, ours in methods:
+        object.__setattr__(module, method, recorded(part, ours))
+    loss_of(patched.model, inputs)
+    for _, module, method, ours in methods:
+        object.__setattr__(module, method, ours)
+    if "merge" in taken:
+        calls["merge"] = [
+            tuple(functools.partial(f, *args) for f in (scatter_rows, torch.Tensor.masked_scatter))
+            for args in scattered(model, inputs)
+        ]  # type: ignore[misc]
+    return calls
+
+
+def scattered(model: Any, inputs: Inputs) -> list[tuple[torch.Tensor, ...]]:
+    """Arguments of every ``masked_scatter`` of a forward."""
+    found: list[tuple[torch.Tensor, ...]] = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if getattr(func, "__name__", "") == "masked_scatter":
+                found.append(args)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        loss_of(model, inputs)
+    return found
+
+
+@torch.no_grad()
+def parts_of(calls: Calls, rounds: int) -> dict[str, dict[str, float]]:
+    """Each part's median times, ours and the model's own, and the median of their ratios within a round."""
+    found = {}
+    for part, pairs in calls.items():
+        each: list[timing.Call] = [
+            functools.partial(_all, [pair[i] for pair in pairs]) for i in (0, 1)
+        ]
+        times = timing.measure({"ours": each[0], "eager": each[1]}, "cpu", rounds)
+        found[part] = {
+            "ours_s": times["ours"].median, "eager_s": times["eager"].median,
+            "speedup": timing.ratio(times["eager"], times["ours"]), "calls": len(pairs),
+        }  # fmt: skip
+    return found
+
+
+def _all(calls: list[timing.Call]) -> None:
+    for call in calls:
+        call()
 
 
 def measured(name: str, dtype: str, rounds: int, compiled: bool) -> dict[str, Any]:
@@ -219,11 +289,10 @@ def measured(name: str, dtype: str, rounds: int, compiled: bool) -> dict[str, An
         losses["eager"]
     ):
         return {**found, "failure": f"losses differ: {losses}"}
+    found["parts"] = parts_of(calls_of(model, patched, inputs), rounds)
     for direction, call in (("fwd", forward), ("step", step)):
         calls: dict[str, timing.Call] = {
-            n: functools.partial(call, m, inputs)
-            for n, m in models.items()
-            if direction == "fwd" or n not in PARTS
+            n: functools.partial(call, m, inputs) for n, m in models.items()
         }
         times = timing.measure(calls, "cpu", rounds)
         found["times_s"][direction] = {
@@ -241,7 +310,13 @@ def measured(name: str, dtype: str, rounds: int, compiled: bool) -> dict[str, An
 def line(row: dict[str, Any]) -> str:
     if "failure" in row:
         return f"{row['model']:<20} {row['dtype']}  {row['failure']}"
-    told = []
+    told = [
+        f"{row['model']:<20} {row['dtype']} parts "
+        + ", ".join(
+            f"{part} {p['speedup']:.2f} of {1e3 * p['eager_s']:.1f} ms"
+            for part, p in row["parts"].items()
+        )
+    ]
     for direction in ("fwd", "step"):
         each = ", ".join(f"{n} {s:.2f}" for n, s in row["speedup"][direction].items())
         peak = row["peak_bytes"][direction]
@@ -260,21 +335,24 @@ def markdown(path: Path) -> str:
     lines = [
         circumstances(Run(**run)),
         "",
-        "| model | dtype | | eager ms | × patched | each part alone | compiled | peak MB (eager) |",
+        "| model | dtype | | eager ms | × patched | × each part's calls (eager ms) | compiled | peak MB (eager) |",
         "|---|---|---|---:|---:|---|---|---:|",
     ]
     for row in found:
         for direction, speedup in row.get("speedup", {}).items():
             eager = row["times_s"][direction]["eager"]
             spread = (eager["p80"] - eager["p20"]) / eager["median"]
-            parts = ", ".join(f"{p} {speedup[p]:.2f}" for p in PARTS if p in speedup)
+            parts = ", ".join(
+                f"{part} {p['speedup']:.2f} ({1e3 * p['eager_s']:.2g})"
+                for part, p in row["parts"].items()
+            )
             compiled = (
                 ", ".join(f"{n} {s:.2f}" for n, s in speedup.items() if "compile" in n) or "–"
             )
             peak = row["peak_bytes"][direction]
             lines.append(
                 f"| {row['model']} | {row['dtype']} | {direction} | {1e3 * eager['median']:.0f} ±{spread / 2:.0%} "
-                f"| {speedup['patched']:.2f} | {parts} | {compiled} "
+                f"| {speedup['patched']:.2f} | {parts if direction == 'fwd' else ''} | {compiled} "
                 f"| {peak['patched'] / 1e6:.0f} ({peak['eager'] / 1e6:.0f}) |"
             )
         if "failure" in row:

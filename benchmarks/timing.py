@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from mmkernels.testing.case import Inputs, map_tensors
 
 Call = Callable[[], object]
-SAMPLE_S = 0.005
+SAMPLE_S, LONG_S = 0.005, 0.1
 GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**27, "cuda": 2**29}
 
@@ -57,22 +57,25 @@ def measure(variants: dict[str, Call], device: str, rounds: int) -> dict[str, Ti
     GEMM of a ceiling runs at the clock that left behind.
 
     A call before each sample leaves the caches to everybody as his own call leaves them, not as the neighbour does:
-    whoever followed the copy of a ceiling read all his inputs from memory.
+    whoever followed the copy of a ceiling read all his inputs from memory. A call that alone is a sample of ``LONG_S``
+    fills them himself.
     """
     seconds = _cuda_seconds if device == "cuda" else _cpu_seconds
-    repeats = {name: _repeats(call, seconds) for name, call in variants.items()}
+    once = {name: _once(call, seconds) for name, call in variants.items()}
+    repeats = {name: max(1, round(SAMPLE_S / max(s, 1e-7))) for name, s in once.items()}
     samples: dict[str, list[float]] = {name: [] for name in variants}
     drawn = random.Random(0)
     for _ in range(rounds):
         for name in drawn.sample(list(variants), len(variants)):
-            variants[name]()
+            if once[name] < LONG_S:
+                variants[name]()
             samples[name].append(seconds(variants[name], repeats[name]) / repeats[name])
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def _repeats(call: Call, seconds: Callable[[Call, int], float]) -> int:
+def _once(call: Call, seconds: Callable[[Call, int], float]) -> float:
     call()  # compiles, tunes, fills the allocator
-    return max(1, round(SAMPLE_S / max(seconds(call, 1), 1e-7)))
+    return seconds(call, 1)
 
 
 def _cpu_seconds(call: Call, repeats: int) -> float:

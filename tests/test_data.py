@@ -176,13 +176,13 @@ def test_held_out_scales_are_other_scales(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(digits, "_render", lambda *a: sizes.append(a[3][a[1]]) or real(*a))
     for low, high in mixture.OTHER_SIZES:
         sizes.clear()
-        mixture.exam(["image"], 20, size_px=(low, high))
+        mixture.exam(["image"], 20, sizes=((low, high),))
         assert low <= torch.cat(sizes).min() and torch.cat(sizes).max() <= high
-        assert high <= digits.SIZE_PX[0] or low >= digits.SIZE_PX[1]
+        assert all(high < seen[0] or low > seen[1] for seen in mixture.SIZES)
 
 
-@pytest.mark.parametrize("size_px", [mixture.OTHER_SIZES[0], mixture.OTHER_SIZES[1]])
-def test_no_window_cuts_ink_at_held_out_scales(size_px: tuple[float, float]) -> None:
+@pytest.mark.parametrize("size_px", [*mixture.OTHER_SIZES, *mixture.SIZES])
+def test_no_window_cuts_ink(size_px: tuple[float, float]) -> None:
     """A scan that is ink all over leaves the border of its window empty, however it is turned."""
     generator = torch.Generator().manual_seed(0)
     sizes, centres = torch.full((300, 1), size_px[1]), torch.full((300, 1, 2), 56.4)

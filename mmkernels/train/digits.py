@@ -6,6 +6,7 @@ Training and held-out pictures are made of different scans, so a held-out score 
 Dimensions: N pictures, S=3 digit slots (from left to right), W canvas side and V window side in pixels.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +14,10 @@ import torch.nn.functional as F
 
 SLOTS = 3
 SIDE = 112
-WINDOW = 48
-WIDE_WINDOW = 96  # for digits above SIZE_PX, whose ink WINDOW would cut off
 BACKGROUND = 10  # the "digit" of an empty slot or patch
-SIZE_PX = (30.0, 44.0)
+Bands = tuple[tuple[float, float], ...]
+SIZE_PX: Bands = ((30.0, 44.0),)  # sides of digits, from the least to the most of each band
+CROWDED: Bands = ((28.0, 40.0),)
 _TRIES = 16
 GAP_PX = 14.0  # at least this far apart from left to right, so that the order is never in doubt
 
@@ -52,30 +53,36 @@ def load_scans(split: str) -> Scans:
     return Scans(images[chosen], labels[chosen])
 
 
-def draw(scans: Scans, N: int, generator: torch.Generator) -> Pictures:
+def draw(scans: Scans, N: int, generator: torch.Generator, sizes: Bands = SIZE_PX) -> Pictures:
     """Draws ``N`` random pictures; the same generator state gives the same pictures."""
     count = torch.randint(1, SLOTS + 1, (N,), generator=generator)
-    return draw_counts(scans, count, generator)
+    return draw_counts(scans, count, generator, sizes)
 
 
 def draw_counts(
     scans: Scans,
     count: torch.Tensor,
     generator: torch.Generator,
-    size_px: tuple[float, float] = SIZE_PX,
+    sizes: Bands = SIZE_PX,
 ) -> Pictures:
-    """Pictures of ``count[i]`` digits, 0 to SLOTS, of sides in ``size_px``."""
+    """Pictures of ``count[i]`` digits, 0 to SLOTS, of sides in ``sizes``."""
     present = torch.arange(SLOTS) < count[:, None]
-    return _render(scans, present, *_place(present, generator, size_px), generator)
+    return _render(scans, present, *_place(present, generator, sizes), generator)
 
 
-def draw_crowded(scans: Scans, N: int, generator: torch.Generator) -> Pictures:
-    """Pictures with about eight digits in a loose 3×3 grid: more writing per pixel to learn to see from."""
-    present = torch.rand(N, 9, generator=generator) < 0.9
-    cell = (torch.arange(3) + 0.5) * SIDE / 3
-    centres = torch.stack((cell.repeat(3), cell.repeat_interleave(3)), -1)
-    centres = centres + _uniform(-5, 5, (N, 9, 2), generator)
-    return _render(scans, present, centres, _uniform(28, 40, (N, 9), generator), generator)
+def draw_crowded(
+    scans: Scans, N: int, generator: torch.Generator, sizes: Bands = CROWDED
+) -> Pictures:
+    """Pictures full of digits in a loose grid, of 3×3 or of 2×2 if they are over 40 px: more writing per pixel to learn
+    to see from. Each picture's sides are of one band."""
+    low, high = torch.tensor(sizes)[torch.randint(len(sizes), (N,), generator=generator)].T
+    across = torch.where(high > 40, 2, 3)[:, None]
+    slot = torch.arange(9)
+    present = (torch.rand(N, 9, generator=generator) < 0.9) & (slot < across**2)
+    centres = (torch.stack((slot % across, slot // across), -1) + 0.5) * SIDE / across[..., None]
+    centres = (centres + _uniform(-5, 5, (N, 9, 2), generator)).clamp(max=SIDE)
+    sides = low[:, None] + (high - low)[:, None] * torch.rand(N, 9, generator=generator)
+    return _render(scans, present, centres, sides, generator)
 
 
 def patch_labels(pictures: Pictures, patch_size: int) -> torch.Tensor:
@@ -108,6 +115,15 @@ def _render(
     return Pictures(_colour(ink, generator), digits, sizes * present, centres)
 
 
+def _sides(bands: Bands, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Uniform over the bands together."""
+    low, high = torch.tensor(bands).T
+    ends = (high - low).cumsum(0)
+    at = ends[-1] * torch.rand(shape, generator=generator)
+    band = torch.searchsorted(ends, at, right=True).clamp(max=len(bands) - 1)
+    return high[band] - (ends[band] - at)
+
+
 def _uniform(
     low: float, high: float, shape: tuple[int, ...], generator: torch.Generator
 ) -> torch.Tensor:
@@ -115,24 +131,24 @@ def _uniform(
 
 
 def _place(
-    present: torch.Tensor, generator: torch.Generator, size_px: tuple[float, float] = SIZE_PX
+    present: torch.Tensor, generator: torch.Generator, sizes: Bands
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Centres ``[N, S, 2]`` (x, y) and sides ``[N, S]``: for each picture the first of many tries that fits."""
     N = len(present)
-    centres, sizes = torch.zeros(N, SLOTS, 2), torch.zeros(N, SLOTS)
+    centres, sides = torch.zeros(N, SLOTS, 2), torch.zeros(N, SLOTS)
     todo = torch.arange(N)
     while len(todo):
         shape = (len(todo), _TRIES, SLOTS)
-        s = _uniform(*size_px, shape, generator)
+        s = _sides(sizes, shape, generator)
         c = s[..., None] / 2 + torch.rand(*shape, 2, generator=generator) * (SIDE - s[..., None])
         here = present[todo, None]
         order = torch.where(here, c[..., 0], torch.inf).argsort(-1)
         c, s = c.gather(2, order[..., None].expand_as(c)), s.gather(2, order)
         fits = _fits(c, s, here)
         first = (torch.arange(len(todo)), fits.int().argmax(1))
-        centres[todo], sizes[todo] = c[first], s[first]
+        centres[todo], sides[todo] = c[first], s[first]
         todo = todo[~fits.any(1)]
-    return centres, sizes
+    return centres, sides
 
 
 def _fits(centres: torch.Tensor, sizes: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
@@ -150,7 +166,7 @@ def _windows(
 ) -> torch.Tensor:
     """Each scan, turned and sheared a little, scaled to its side, in a ``V×V`` window ``[N, S, V, V]``."""
     N, S = sizes.shape
-    window = WINDOW if sizes.max() <= SIZE_PX[1] else WIDE_WINDOW
+    window = 2 * math.ceil(0.8 * sizes.max()) + 2  # holds a scan that is ink to its corners, turned
     turn = _uniform(-0.2, 0.2, (N, S), generator)
     shear = _uniform(-0.15, 0.15, (N, S), generator)
     stretch = _uniform(0.9, 1.1, (N, S), generator)

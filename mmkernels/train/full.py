@@ -196,7 +196,9 @@ def train(out: Path, scale: float = 1.0) -> Trained:
         return train_together(name, model, Pool(seen, tasks, 48, 13), parts, steps, lr)
 
     run: dict[str, Callable[[int], list[float]]] = {
-        "vision": lambda n: stages.train_vision(model, scans, n),
+        "vision": lambda n: stages.train_vision(
+            model, scans, n, sizes=(mixture.SIZES, mixture.SIZES)
+        ),
         "hearing": lambda n: train_hearing(model, speech.load_spoken("train"), n),
         "language": lambda n: train_language(model, n),
         "drawing": lambda n: train_generator(_there(model.generator), scans, n),
@@ -219,10 +221,10 @@ def examine(model: MMLLM, each: int = EXAM) -> dict[str, dict[str, float]]:
     tasks = [t for t in mixture.TASKS if t != "draw"]
     asked = {t: mixture.exam([t], each) for t in tasks}
     found = {"held out": {t: exact_match(model, s) for t, s in asked.items()}}
-    for sizes in mixture.OTHER_SIZES:
-        exam = mixture.exam(["image"], each, size_px=sizes)
-        found.setdefault("other scales", {})[f"image {sizes[0]:.0f}-{sizes[1]:.0f} px"] = (
-            exact_match(model, exam)
+    for low, high in mixture.OTHER_SIZES:
+        exam = mixture.exam(["image"], each, sizes=((low, high),))
+        found.setdefault("other scales", {})[f"image {low:.0f}-{high:.0f} px"] = exact_match(
+            model, exam
         )
     found["blind"] = {t: exact_match(model, _blind(s)) for t, s in asked.items() if s[0].media}
     found["shuffled"] = {

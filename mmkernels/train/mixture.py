@@ -13,12 +13,17 @@ from typing import Any
 import torch
 
 from mmkernels.train import digits, questions, speech
-from mmkernels.train.digits import BACKGROUND, Scans
+from mmkernels.train.digits import BACKGROUND, Bands, Scans
 from mmkernels.train.sample import Ask, Asked, Sample
 from mmkernels.train.speech import Spoken
 
 FRAMES = 4
-OTHER_SIZES = ((24.0, 28.0), (46.0, 50.0))  # of pictures whose scale is held out
+SIZES: Bands = ((26.0, 33.0), (39.0, 46.0))  # sides of the digits that any stage has seen
+OTHER_SIZES: Bands = (
+    (34.0, 38.0),
+    (23.0, 25.0),
+    (47.0, 50.0),
+)  # held out: between them, and beyond
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SEED = 1_000_003
 
@@ -29,7 +34,7 @@ class Source:
 
     scans: Scans
     spoken: Spoken
-    size_px: tuple[float, float] = digits.SIZE_PX
+    sizes: Bands = SIZES
 
 
 @dataclass
@@ -44,7 +49,7 @@ class Draw:
         """uint8 ``[3, H, W]`` and the digits from left to right."""
         number = self.rng.randint(1, 3) if count is None else count
         drawn = digits.draw_counts(
-            self.source.scans, torch.tensor([number]), self.generator, self.source.size_px
+            self.source.scans, torch.tensor([number]), self.generator, self.source.sizes
         )
         shown = [d for d in drawn.digits[0].tolist() if d != BACKGROUND]
         return drawn.pixel_values[0], tuple(shown)
@@ -89,7 +94,7 @@ def video(d: Draw) -> Sample:
     """One digit at a time, at one to three of four moments, nothing at the others."""
     moments = sorted(d.rng.sample(range(FRAMES), d.rng.randint(1, 3)))
     drawn = digits.draw_counts(
-        d.source.scans, torch.tensor([int(t in moments) for t in range(FRAMES)]), d.generator, d.source.size_px
+        d.source.scans, torch.tensor([int(t in moments) for t in range(FRAMES)]), d.generator, d.source.sizes
     )  # fmt: skip
     shown = tuple(drawn.digits[moments, 0].tolist())
 
@@ -183,9 +188,9 @@ def sequence(
     return kind, rng.choice(wordings[kind]), answer
 
 
-def source(split: str, size_px: tuple[float, float] = digits.SIZE_PX) -> Source:
+def source(split: str, sizes: Bands = SIZES) -> Source:
     """The ``"train"`` or ``"heldout"`` scans and speakers."""
-    return Source(digits.load_scans(split), speech.load_spoken(split), size_px)
+    return Source(digits.load_scans(split), speech.load_spoken(split), sizes)
 
 
 def sample(made_of: Source, seed: int, i: int, task: str) -> Sample:
@@ -226,10 +231,8 @@ def _check(tasks: Iterable[str]) -> None:
         raise ValueError(f"tasks must be among {list(TASKS)}, got {unknown or 'none'}")
 
 
-def exam(
-    tasks: Sequence[str], each: int, seed: int = 6, size_px: tuple[float, float] = digits.SIZE_PX
-) -> list[Sample]:
+def exam(tasks: Sequence[str], each: int, seed: int = 6, sizes: Bands = SIZES) -> list[Sample]:
     """``each`` held-out samples of every task; the same for the same seed."""
     _check(tasks)
-    made_of = source("heldout", size_px)
+    made_of = source("heldout", sizes)
     return [sample(made_of, seed, i, task) for task in tasks for i in range(each)]

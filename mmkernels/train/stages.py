@@ -44,8 +44,15 @@ def learn_only(model: nn.Module, *parts: nn.Module) -> None:
         part.requires_grad_(True)
 
 
-def train_vision(model: MMLLM, scans: digits.Scans, steps: int, batch: int = 32) -> list[float]:
-    """Patches learn which digit covers them, for most of the time on crowded pictures."""
+def train_vision(
+    model: MMLLM,
+    scans: digits.Scans,
+    steps: int,
+    batch: int = 32,
+    sizes: tuple[digits.Bands, digits.Bands] = (digits.CROWDED, digits.SIZE_PX),
+) -> list[float]:
+    """Patches learn which digit covers them, for most of the time on crowded pictures. ``sizes`` of the digits in those
+    and in the others."""
     encoder, config = model.encoder("image"), model.config.encoders["image"]
     assert isinstance(config, VisionConfig)
     learn_only(model, encoder)
@@ -53,8 +60,9 @@ def train_vision(model: MMLLM, scans: digits.Scans, steps: int, batch: int = 32)
     head = nn.Linear(config.hidden_size, digits.BACKGROUND + 1)
 
     def loss_at(step: int) -> torch.Tensor:
-        draw = digits.draw_crowded if step < 0.75 * steps else digits.draw
-        pictures = draw(scans, batch, generator)
+        crowded = step < 0.75 * steps
+        draw = digits.draw_crowded if crowded else digits.draw
+        pictures = draw(scans, batch, generator, sizes[not crowded])
         tokens = model.encode("image", list(pictures.pixel_values)).tokens
         logits = head(tokens.view(batch, -1, config.hidden_size)[:, 1:])
         labels = digits.patch_labels(pictures, config.patch_size)

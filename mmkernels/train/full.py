@@ -44,7 +44,7 @@ from mmkernels.train.sample import AnswerLoss, Sample, encoded, features_of
 from mmkernels.train.trainer import Schedule, Trainer, fast_bf16, fit
 
 STEPS = {
-    "vision": 1300, "hearing": 600, "language": 900, "drawing": 1600, "pt": 700, "it": 1500, "signals": 400,
+    "vision": 1800, "hearing": 600, "language": 900, "drawing": 1600, "pt": 700, "it": 1500, "signals": 400,
 }  # fmt: skip
 POOL = 14000
 EXAM = 300  # held-out samples a task

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import mmkernels
-from benchmarks import timing
 from benchmarks.record import Run, new_run
 from benchmarks.report import circumstances, write_readme
+from mmkernels.testing import timing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PARTS = ("patch_embed", "projector", "merge", "positions")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import mmkernels
-from benchmarks import timing
 from benchmarks.record import new_run
 from mmkernels.ops.cross_attention.cost import absorbs
+from mmkernels.testing import timing
 
 # B, n, X, A, d and numbers of queries
 SHAPES = {

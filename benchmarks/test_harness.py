@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import record, report, rows, run, timing
+from benchmarks import record, report, rows, run
 from benchmarks.rows import Job
-from benchmarks.timing import Timing
 from mmkernels import OPS
 from mmkernels.ops.merge_embeddings import cases
-from mmkernels.testing import Inputs
+from mmkernels.testing import Inputs, timing
+from mmkernels.testing.timing import Timing
 
 SMALL = next(case for case in cases.CASES if case.name == "small")
 

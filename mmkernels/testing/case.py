@@ -31,7 +31,7 @@ Run = Callable[[Inputs], torch.Tensor]
 Function = Callable[[Inputs], torch.Tensor | tuple[torch.Tensor, ...]]
 # Sizes a bound is checked on where a shape is timed: the reference in fp64 takes long.
 CHECK_AT_MOST = {"B": 2, "L": 1024, "V": 2048}
-CHECK_QUICKLY = {"B": 1, "L": 256, "V": 512, "n": 64}
+CHECK_QUICKLY = {"B": 1, "L": 256, "V": 512, "n": 64, "S": 2, "layers": 2}
 
 
 def inference_only(run: Run) -> Run:

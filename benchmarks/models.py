@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 import mmkernels
-from benchmarks.record import Run, new_run
-from benchmarks.report import circumstances, write_readme
+from benchmarks.record import new_run
 from mmkernels.testing import timing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -253,35 +252,6 @@ def line(row: dict[str, Any]) -> str:
     return "\n".join(told)
 
 
-def markdown(path: Path) -> str:
-    """The run as a table."""
-    run = json.loads(path.read_text())
-    found = run.pop("models")
-    lines = [
-        circumstances(Run(**run)),
-        "",
-        "| model | dtype | | eager ms | × patched | each part alone | compiled | peak MB (eager) |",
-        "|---|---|---|---:|---:|---|---|---:|",
-    ]
-    for row in found:
-        for direction, speedup in row.get("speedup", {}).items():
-            eager = row["times_s"][direction]["eager"]
-            spread = (eager["p80"] - eager["p20"]) / eager["median"]
-            parts = ", ".join(f"{p} {speedup[p]:.2f}" for p in PARTS if p in speedup)
-            compiled = (
-                ", ".join(f"{n} {s:.2f}" for n, s in speedup.items() if "compile" in n) or "–"
-            )
-            peak = row["peak_bytes"][direction]
-            lines.append(
-                f"| {row['model']} | {row['dtype']} | {direction} | {1e3 * eager['median']:.0f} ±{spread / 2:.0%} "
-                f"| {speedup['patched']:.2f} | {parts} | {compiled} "
-                f"| {peak['patched'] / 1e6:.0f} ({peak['eager'] / 1e6:.0f}) |"
-            )
-        if "failure" in row:
-            lines.append(f"| {row['model']} | {row['dtype']} | {row['failure']} | | | | | |")
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path)
@@ -291,11 +261,7 @@ def main() -> int:
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile of both (minutes)"
     )
-    parser.add_argument("--into", type=Path, help="only write the table of OUT into this page")
     args = parser.parse_args()
-    if args.into is not None:
-        write_readme(args.into, markdown(args.out), "<!-- models:start -->", "<!-- models:end -->")
-        return 0
     found = []
     for dtype in args.dtype or ["fp32", "bf16"]:
         for name in args.only:

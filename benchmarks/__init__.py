@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fast, and shown to be: ``python -m benchmarks.run`` measures, ``python -m benchmarks.report`` prints."""
+"""Fast, and shown to be: ``python -m benchmarks.run`` measures, ``python -m benchmarks.report`` makes the pages."""
 
 import os
 

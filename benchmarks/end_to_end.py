@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import timing
 from benchmarks.eager_model import IMAGE, EagerMMLLM
 from benchmarks.record import new_run
 from mmkernels.models import MMLLM, DecoderConfig, Features, MMConfig, VisionConfig
 from mmkernels.models.config import DropPrefixConfig, LinearConfig, MergeConfig
 from mmkernels.serve import Engine
+from mmkernels.testing import timing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, SIDE, ROWS = 16, 224, 64  # samples; pixels; rows an image becomes

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 import mmkernels
-from benchmarks import timing
-from benchmarks.record import Run, new_run
-from benchmarks.report import circumstances, write_readme
+from benchmarks.record import new_run
 from mmkernels.hf.merge import scatter_rows
+from mmkernels.testing import timing
 
+PARTS = ("patch_embed", "projector", "merge", "positions")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IMAGE, START, END, SAMPLES, WORDS = 31990, 31991, 31992, 1, 64
 TEXT = {
@@ -328,38 +328,6 @@ def line(row: dict[str, Any]) -> str:
     return "\n".join(told)
 
 
-def markdown(path: Path) -> str:
-    """The run as a table."""
-    run = json.loads(path.read_text())
-    found = run.pop("models")
-    lines = [
-        circumstances(Run(**run)),
-        "",
-        "| model | dtype | | eager ms | × patched | × each part's calls (eager ms) | compiled | peak MB (eager) |",
-        "|---|---|---|---:|---:|---|---|---:|",
-    ]
-    for row in found:
-        for direction, speedup in row.get("speedup", {}).items():
-            eager = row["times_s"][direction]["eager"]
-            spread = (eager["p80"] - eager["p20"]) / eager["median"]
-            parts = ", ".join(
-                f"{part} {p['speedup']:.2f} ({1e3 * p['eager_s']:.2g})"
-                for part, p in row["parts"].items()
-            )
-            compiled = (
-                ", ".join(f"{n} {s:.2f}" for n, s in speedup.items() if "compile" in n) or "–"
-            )
-            peak = row["peak_bytes"][direction]
-            lines.append(
-                f"| {row['model']} | {row['dtype']} | {direction} | {1e3 * eager['median']:.0f} ±{spread / 2:.0%} "
-                f"| {speedup['patched']:.2f} | {parts if direction == 'fwd' else ''} | {compiled} "
-                f"| {peak['patched'] / 1e6:.0f} ({peak['eager'] / 1e6:.0f}) |"
-            )
-        if "failure" in row:
-            lines.append(f"| {row['model']} | {row['dtype']} | {row['failure']} | | | | | |")
-    return "\n".join(lines)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path)
@@ -369,11 +337,7 @@ def main() -> int:
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile of both (minutes)"
     )
-    parser.add_argument("--into", type=Path, help="only write the table of OUT into this page")
     args = parser.parse_args()
-    if args.into is not None:
-        write_readme(args.into, markdown(args.out), "<!-- models:start -->", "<!-- models:end -->")
-        return 0
     found = []
     for dtype in args.dtype or ["fp32", "bf16"]:
         for name in args.only:

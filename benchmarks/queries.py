@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both algorithms of cross_attention against the number of queries, and which one ``auto`` takes.
 
-``python -m benchmarks.queries OUT.json`` measures, draws ``OUT.png`` from it and says where auto is not within 5 % of
-the better one. ``--draw`` only draws.
+``python -m benchmarks.queries OUT.json`` measures and says where auto is not within 5 % of the better one.
+``benchmarks.report`` draws it.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import mmkernels
-from benchmarks import timing
 from benchmarks.record import new_run
 from mmkernels.ops.cross_attention.cost import absorbs
+from mmkernels.testing import timing
 
 # B, n, X, A, d and numbers of queries
 SHAPES = {
@@ -84,44 +84,6 @@ def losses(points: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel a shape and dtype; auto's choice is filled."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [
-        (d, t) for d in ("fwd", "fwdbwd") for t in DTYPES if any(p["dtype"] == t for p in points)
-    ]
-    figure, axes = pyplot.subplots(
-        len(rows), len(SHAPES), figsize=(15, 3 * len(rows)), squeeze=False
-    )
-    for i, (direction, dtype) in enumerate(rows):
-        for j, shape in enumerate(SHAPES):
-            here = [
-                p
-                for p in points
-                if (p["shape"], p["dtype"], p["direction"]) == (shape, dtype, direction)
-            ]
-            for algorithm, colour in (("absorbed", "tab:blue"), ("projected", "tab:orange")):
-                Q = [p["Q"] for p in here]
-                axes[i][j].plot(
-                    Q, [1e3 * p[algorithm]["median"] for p in here], color=colour, label=algorithm
-                )
-                chosen = [p for p in here if p["auto"] == algorithm]
-                times = [1e3 * p[algorithm]["median"] for p in chosen]
-                axes[i][j].plot([p["Q"] for p in chosen], times, "o", color=colour)
-            axes[i][j].set(xscale="log", yscale="log", title=f"{shape}, {dtype} {direction}")
-            axes[i][j].set(xlabel="queries", ylabel="ms")
-            numbers = [p["Q"] for p in here]
-            axes[i][j].set_xticks(numbers, [str(q) for q in numbers])
-            axes[i][j].minorticks_off()
-    axes[0][0].legend(title="dots: auto's choice")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.queries", description=__doc__)
     parser.add_argument("json", type=Path)
@@ -129,14 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="one alone: bf16 takes torch minutes without AVX-512"
     )
-    parser.add_argument("--draw", action="store_true", help="from the JSON, without measuring")
     args = parser.parse_args(argv)
-    if not args.draw:
-        points = measure(args.rounds, [args.dtype] if args.dtype else list(DTYPES))
-        run = asdict(new_run({"rounds": args.rounds}, [])) | {"rows": points}
-        args.json.write_text(json.dumps(run, indent=1) + "\n")
-    points = json.loads(args.json.read_text())["rows"]
-    draw(points, args.json.with_suffix(".png"))
+    points = measure(args.rounds, [args.dtype] if args.dtype else list(DTYPES))
+    run = asdict(new_run({"rounds": args.rounds}, [])) | {"rows": points}
+    args.json.write_text(json.dumps(run, indent=1) + "\n")
     lost = losses(points)
     print("\n".join(lost) or "auto is within 5 % of the better algorithm everywhere")
     return 0

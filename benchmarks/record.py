@@ -46,6 +46,16 @@ class Row:
     machine: dict[str, float] = field(default_factory=dict)  # copy and gemm, in these rounds
     missing: dict[str, str] = field(default_factory=dict)  # baselines that did not run, and why
 
+    @property
+    def named(self) -> str:
+        """The case, and what of it is frozen."""
+        return f"{self.case} ({self.frozen} frozen)" if self.frozen else self.case
+
+    @property
+    def lost(self) -> bool:
+        """Slower than eager by more than one in twenty."""
+        return not self.failure and self.speedup.get("eager", 1.0) < 0.95
+
 
 @dataclass
 class Run:

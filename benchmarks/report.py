@@ -1,146 +1,191 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A results file as a table: text for the terminal, Markdown for the README. Reads the JSON only.
+"""Makes every page and picture of results: ``python -m benchmarks.report``. Reads the committed JSON only.
 
-``python -m benchmarks.report [--readme README.md] benchmarks/results/<device>/results.json …``
+docs/benchmarks.md whole, what stands between the markers of README.md and of docs/finetuner.md, and the pictures beside
+the JSON. Nothing is measured here: what no JSON file holds is not measured.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import record
-from benchmarks.record import Row, Run
+from benchmarks import goals, plots, stored
+from benchmarks.record import Row
+from benchmarks.stored import Device, File
+from benchmarks.tables import circumstances, markdown, ms
 
-START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
-HEADER = (
-    "op", "case", "dtype", "direction", "ours ms", "p20–p80", "× eager", "× compile", "× library",
-    "of ceiling", "rate", "extra MB (eager)", "max error (eager)", "kernel",
-)  # fmt: skip
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+HEADLINES = (  # op, case, direction: the README's choice, a shape or two an op that many models have
+    ("patch_embed", "clip_l14_336", "fwd"),
+    ("patch_embed", "clip_l14_336", "fwdbwd"),
+    ("patch_embed", "qwen2_vl_still", "fwd"),
+    ("cross_attention", "siglip_map_head", "fwd"),
+    ("cross_attention", "blip2_layer", "fwd"),
+    ("cross_attention", "blip2_layer", "fwdbwd"),
+    ("patch_merge", "qwen2_vl", "fwd"),
+    ("patch_merge", "internvl", "fwd"),
+    ("merge_embeddings", "llava_7b", "fwd"),
+    ("merge_embeddings", "llava_7b", "fwdbwd"),
+    ("pack_embeddings", "llava_7b", "fwd"),
+    ("pack_embeddings", "llava_7b", "fwdbwd"),
+    ("mrope_positions", "qwen2_vl_64_images", "fwd"),
+    ("mrope", "qwen2_5_vl_7b", "fwd"),
+    ("rope_write_kv", "qwen2_5_vl_7b_prefill", "fwd"),
+    ("rope_write_kv", "qwen2_5_vl_7b_decode", "fwd"),
+    ("paged_attention", "decode_llama3_8b", "fwd"),
+    ("paged_attention", "decode_qwen2_7b_16_questions", "fwd"),
+    ("paged_attention", "prefill_qwen2_7b", "fwd"),
+    ("compact_kv", "qwen2_7b_quarter", "fwd"),
+    ("end_to_end", "packed training", ""),
+    ("end_to_end", "16 questions on one image", ""),
+)
+HEAD = """# Benchmarks
+
+Made by `python -m benchmarks.report` from the JSON in `benchmarks/results`; not written by hand.
+[kernel-engineer.md](kernel-engineer.md) says how a row is measured. Compare within a table only: machines, hours and
+commits differ.
+
+- **× eager, × compile, × library**: how many times as fast as what transformers runs, as `torch.compile` of that, as
+  the strongest public way. Below 1 is a loss.
+- **of ceiling**: of what a copy or a GEMM of the same rounds allows; *bare gemm*: the op's own multiplication alone.
+- **extra MB**: held during the call beside inputs and results, ours (eager's).
+- **max error**: against fp64, ours (eager's), of the tensor nearest to its bound."""
+ASKED = """Asked for by the founding design, on a CPU with AMX (2 threads) and on an H200. The newest row of each case
+judges a goal, the slowest case of several."""
+Newest = dict[tuple[str, ...], tuple[Row, File]]
 
 
-def cells(row: Row) -> list[str]:
-    """A row under ``HEADER``."""
-    case = f"{row.case} ({row.frozen} frozen)" if row.frozen else row.case
-    head = [row.op, case, row.dtype, row.direction]
-    if row.failure:
-        return [*head, f"FAILED {row.failure}", *[""] * (len(HEADER) - len(head) - 1)]
-    ours = row.times_s["ours"]
-    return [
-        *head,
-        _ms(ours["median"]),
-        f"{_ms(ours['p20'])}–{_ms(ours['p80'])}",
-        *(_speedup(row, name) for name in ("eager", "compile", "library")),
-        f"{row.fraction:.0%} {row.ceiling}" if row.fraction is not None else "–",
-        _rate(row),
-        f"{_megabytes(row, 'ours')} ({_megabytes(row, 'eager')})",
-        f"{row.error:.1e} ({row.eager_error:.1e}) {row.worst}",
-        _kernel(row),
+def pages(results: Path = RESULTS) -> dict[Path, str]:
+    """The text of every page that shows results."""
+    devices = stored.devices(results)
+    cpu = stored.chosen(devices, stored.on_amx)
+    verdicts = goals.verdicts(_rows(cpu), _rows(stored.chosen(devices, stored.on_h200)))
+    readme, finetuner = ROOT / "README.md", ROOT / "docs" / "finetuner.md"
+    return {
+        ROOT / "docs" / "benchmarks.md": _benchmarks(devices, verdicts),
+        readme: between(readme.read_text(), "benchmarks", _readme(devices, cpu, verdicts)),
+        finetuner: between(finetuner.read_text(), "models", _models(devices)),
+    }
+
+
+def _rows(newest: Newest) -> goals.Rows:
+    return {key: row for key, (row, _) in newest.items()}
+
+
+def between(page: str, name: str, text: str) -> str:
+    """The page with another text between its two markers."""
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    if page.count(start) != 1 or page.count(end) != 1 or page.index(start) > page.index(end):
+        raise ValueError(f"a page must contain {start} and, after it, {end}, once each")
+    return f"{page.split(start)[0]}{start}\n{text}\n{end}{page.split(end)[1]}"
+
+
+def _benchmarks(devices: Sequence[Device], verdicts: Sequence[goals.Verdict]) -> str:
+    """Goals, then a section a device."""
+    parts = [HEAD, f"## Goals\n\n{ASKED} {_counted(verdicts)}", goals.table(verdicts)]
+    parts += map(_device, devices)
+    if not any(row.device == "cuda" for device in devices for row in device.rows):
+        parts.append("## GPU\n\nNot measured.")
+    parts.append("## Batch scaling\n\nNot measured.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _counted(verdicts: Sequence[goals.Verdict]) -> str:
+    words = [v.word for v in verdicts]
+    return f"Of {len(words)} goals {', '.join(f'{words.count(w)} are {w}' for w in goals.WORDS)}."
+
+
+def _device(device: Device) -> str:
+    """What lost and what failed, the pictures, and each file."""
+    failed = [f"- FAILED {_name(row)}: {row.failure}" for row in device.rows if row.failure]
+    lost = sorted((row for row in device.rows if row.lost), key=lambda row: row.speedup["eager"])
+    told = [f"- {_name(row)}: {_slower(row.speedup['eager'])}" for row in lost]
+    pictures = [f"![{name}]({_link(device, name)})" for name in plots.of(device)]
+    compared = sum("eager" in row.speedup for row in device.rows)
+    parts = [
+        f"## {device.name}",
+        f"{len(lost)} of {compared} rows are below 0.95 × eager{':' if lost else '.'}",
+        "\n".join(told),
+        "\n".join(failed),
+        "\n\n".join(pictures),
+        *(f"### {f.path.name}\n\n{circumstances(f.run)}\n\n{f.table}" for f in device.files),
     ]
+    return "\n\n".join(part for part in parts if part)
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}"
+def _slower(speedup: float) -> str:
+    return f"{speedup:.2f} × eager, {1 / speedup - 1:.0%} more time"
 
 
-def _megabytes(row: Row, name: str) -> str:
-    return f"{row.extra_bytes[name] / 2**20:.1f}" if name in row.extra_bytes else "–"
+def _name(row: Row) -> str:
+    return f"{row.op} {row.named} {row.dtype} {row.direction}".strip()
 
 
-def _speedup(row: Row, name: str) -> str:
-    if name in row.missing:
-        return row.missing[name]
-    return f"{row.speedup[name]:.2f}" if name in row.speedup else "–"
+def _link(device: Device, name: str) -> str:
+    return f"../benchmarks/results/{device.name}/{name}.svg"
 
 
-def _rate(row: Row) -> str:
-    if row.bytes_per_s is None or row.flops_per_s is None:
-        return "–"
-    if row.ceiling == "copy":
-        return f"{row.bytes_per_s / 1e9:.1f} GB/s"
-    return f"{row.flops_per_s / 1e12:.3f} TFLOP/s"
-
-
-def _kernel(row: Row) -> str:
-    if not row.algorithm:
-        return row.kernel
-    other = "projected" if row.algorithm == "absorbed" else "absorbed"
-    beside = f"; {other} {_ms(row.times_s[other]['median'])} ms" if other in row.times_s else ""
-    return f"{row.kernel} {row.algorithm}{beside}"
-
-
-def text_table(rows: Sequence[Row]) -> str:
-    """Aligned columns; a failure runs over the empty ones."""
-    lines = [list(HEADER), *(cells(row) for row in rows)]
-    whole = [line for line in lines if not line[4].startswith("FAILED")]
-    widths = [max(len(line[i]) for line in (lines if i < 4 else whole)) for i in range(len(HEADER))]
-    padded = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(line.rstrip() for line in padded)
-
-
-def markdown(runs: Sequence[Run]) -> str:
-    """Each run's circumstances and table."""
-    parts = [_section(run) for run in runs]
-    if not any(row.device == "cuda" for run in runs for row in run.rows):
-        parts.append("GPU: not measured.")
-    return "\n\n".join(parts)
-
-
-def _section(run: Run) -> str:
-    rule = ["---"] * 4 + ["---:"] * (len(HEADER) - 4)
-    table = [list(HEADER), rule, *(cells(row) for row in run.rows)]
-    return "\n".join([circumstances(run), "", *(f"| {' | '.join(line)} |" for line in table)])
-
-
-def circumstances(run: Run) -> str:
-    """Where and when, in a few lines."""
-    isa = " ".join(name for name, there in run.machine["isa"].items() if there)
-    gpu = f", {run.machine['gpu']}" if run.machine["gpu"] else ""
-    commit = (run.git["commit"] or "unknown commit")[:12]
-    dirty = " with uncommitted changes" if run.git["dirty"] else ""
-    packages = ", ".join(f"{name} {number}" for name, number in run.versions.items() if number)
-    limits = "; ".join(
-        f"{key}: copy {m['copy_bytes_per_s'] / 1e9:.1f} GB/s, GEMM {m['gemm_flops_per_s'] / 1e12:.3f} TFLOP/s"
-        for key, m in run.ceilings.items()
+def _readme(devices: Sequence[Device], cpu: Newest, verdicts: Sequence[goals.Verdict]) -> str:
+    """A line a headline, with where it was measured and how much of everything lost."""
+    header = ("op", "case", "", *(f"{dtype} {what}" for dtype in ("fp32", "bf16")
+              for what in ("ms", "× eager", "× library")))  # fmt: skip
+    lines = [[*key, *_times(cpu, key, "fp32"), *_times(cpu, key, "bf16")] for key in HEADLINES]
+    files = [file for _, file in cpu.values()]
+    models = sorted({file.run.machine["cpu_family_model"] for file in files})
+    dates = sorted(file.run.date[:10] for file in files)
+    torches = sorted({str(file.run.versions["torch"]) for file in files})
+    lost, n = (
+        sum(row.lost for row, _ in cpu.values()),
+        sum("eager" in row.speedup for row, _ in cpu.values()),
     )
-    return (
-        f"Measured on {run.machine['cpu']} (family/model {run.machine['cpu_family_model']}, {isa}){gpu}, "
-        f"{run.machine['threads']} threads, {run.date}, commit {commit}{dirty}; {packages}. "
-        f"Median of {run.args['rounds']} interleaved rounds; speed-ups are medians of ratios within a round, "
-        f"below 1 a loss." + (f" Ceilings of the same rounds: {limits}." if limits else "")
+    where = (
+        f"{files[0].run.machine['cpu']} with AMX (family/model {' and '.join(models)}), "
+        f"{files[0].run.machine['threads']} threads, {dates[0]} to {dates[-1]}, torch {' and '.join(torches)}. "
+        f"Of all {n} rows {lost} are below 0.95 × eager. {_counted(verdicts)}"
+    )
+    gpu = any(row.device == "cuda" for device in devices for row in device.rows)
+    more = "All rows, losses, goals, pictures, machines: [docs/benchmarks.md](docs/benchmarks.md)."
+    return f"{where}\n\n{markdown(header, lines, 3)}\n\n{more}" + (
+        "" if gpu else " GPU: not measured."
     )
 
 
-def write_readme(path: Path, text: str, start: str = START, end: str = END) -> None:
-    """Replaces what stands between the two markers."""
-    content = path.read_text()
-    if (
-        content.count(start) != 1
-        or content.count(end) != 1
-        or content.index(start) > content.index(end)
-    ):
-        raise ValueError(f"{path} must contain {start} and, after it, {end}, once each")
-    before, rest = content.split(start)
-    after = rest.split(end)[1]
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}")
+def _times(newest: Newest, key: tuple[str, str, str], dtype: str) -> list[str]:
+    """Our time and two speed-ups; what runs in integers stands with fp32."""
+    op, case, direction = key
+    here = {
+        d: newest[k][0]
+        for d in ("fp32", "bf16", "int64")
+        if (k := (op, case, d, direction, "")) in newest
+    }
+    row = here.get("int64" if "int64" in here and dtype == "fp32" else dtype)
+    if row is None:
+        return ["–" if "int64" in here else "not measured", "", ""]
+    if row.failure:
+        return ["FAILED", "", ""]
+    each = (f"{row.speedup[n]:.2f}" if n in row.speedup else "–" for n in ("eager", "library"))
+    return [ms(row.times_s["ours"]["median"]), *each]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument(
-        "--readme", type=Path, help="replace its benchmarks section; default: print"
-    )
-    args = parser.parse_args(argv)
-    text = markdown([record.load(path) for path in args.results])
-    if args.readme is None:
-        print(text)
-        return 0
-    try:
-        write_readme(args.readme, text)
-    except (OSError, ValueError) as error:
-        print(f"benchmarks.report: {error}", file=sys.stderr)
-        return 1
+def _models(devices: Sequence[Device]) -> str:
+    """The newest table of models."""
+    found = [file for device in devices for file in device.files if file.path.stem == "models"]
+    if not found:
+        return "Not measured."
+    newest = max(found, key=lambda file: file.run.date)
+    return f"{circumstances(newest.run)}\n\n{newest.table}"
+
+
+def main() -> int:
+    for path, text in pages().items():
+        path.write_text(text)
+        print(path.relative_to(ROOT))
+    for device in stored.devices(RESULTS):
+        for name, draw in plots.of(device).items():
+            path = RESULTS / device.name / f"{name}.svg"
+            plots.write(draw, path)
+            print(path.relative_to(ROOT))
     return 0
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import timing
 from benchmarks.record import new_run
 from mmkernels.nn import Resampler
 from mmkernels.nn.resampler import sincos_tables
+from mmkernels.testing import timing
 
 # The layer, its grid of features and images a batch
 LAYERS: dict[str, tuple[dict[str, Any], tuple[int, int], int]] = {

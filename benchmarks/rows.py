@@ -3,14 +3,12 @@
 
 import functools
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 
-from benchmarks import timing
 from benchmarks.record import Row
 from mmkernels import OPS
 from mmkernels.testing import (
@@ -19,10 +17,19 @@ from mmkernels.testing import (
     Inputs,
     gradients,
     in_fp64,
+    timing,
     which_kernel_ran,
     yardstick,
 )
-from mmkernels.testing.case import leaves, map_tensors
+from mmkernels.testing.case import (
+    CHECK_AT_MOST,
+    CHECK_QUICKLY,
+    Function,
+    leaves,
+    map_tensors,
+    smaller,
+    timed,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int64": torch.int64}
 DIRECTIONS = ("fwd", "fwdbwd")
@@ -37,10 +44,7 @@ QUICK = (  # case and direction: an op each in both, and the widest gap
 )
 # Cases whose Conv3d takes over 25 s a backward in bf16 on CPU (oneDNN, torch 2.13, wide grids): no baseline.
 TOO_SLOW = ("qwen2_vl_still", "qwen3_vl_still")
-CHECK_AT_MOST = {"B": 2, "L": 1024, "V": 2048}  # sizes the bound is checked on
-CHECK_QUICKLY = {"B": 1, "L": 256, "V": 512, "n": 64}
 Step = Callable[[Inputs], tuple[torch.Tensor, ...]]
-Function = Callable[[Inputs], torch.Tensor | tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -124,19 +128,9 @@ class Checked:
 
     def worst(self, direction: str) -> Comparison:
         """The tensor nearest to its bound; a forward row answers for the output only."""
-        found = [c for c in self.comparisons if c.name == "out" or direction == "fwdbwd"]
-        return max(found, key=lambda c: float("inf") if math.isnan(c.ratio) else c.ratio)
-
-
-def smaller(case: Case, inputs: Inputs, limits: dict[str, int]) -> Case:
-    """The case itself if it is small; else few samples, a short text, a small vocabulary."""
-    numbers = sum(t.numel() for t in leaves(inputs).values())
-    if numbers < 2**20:
-        return case
-    sizes = {k: min(v, limits[k]) if k in limits else v for k, v in case.sizes.items()}
-    if "grids" in sizes:  # of a packed call, one image
-        sizes["grids"] = sizes["grids"][:1]
-    return replace(case, sizes=sizes)
+        return yardstick.worst(
+            [c for c in self.comparisons if c.name == "out" or direction == "fwdbwd"]
+        )
 
 
 def check(job: Job, options: Options) -> Checked:
@@ -165,8 +159,7 @@ def check(job: Job, options: Options) -> Checked:
 
 def _check_forward(cases: ModuleType, inputs: Inputs, sizes: str) -> Checked:
     """Of an op without a gradient: the worst of what it returns and writes answers for its output."""
-    found = cases.compared(inputs, cases.results(inputs))
-    worst = max(found, key=lambda c: float("inf") if math.isnan(c.ratio) else c.ratio)
+    worst = yardstick.worst(cases.compared(inputs, cases.results(inputs)))
     theirs = cases.results(inputs, cases.APART["eager"])[worst.name]
     error = _largest_error(theirs, cases.reference_results(inputs)[worst.name])
     return Checked([replace(worst, name="out")], {"out": error}, "TOLERANCES.md", sizes)
@@ -231,12 +224,7 @@ def trainable(inputs: Inputs, frozen: str) -> Inputs:
 def variants(job: Job, inputs: Inputs, algorithm: str, compiled: bool) -> dict[str, Step]:
     """Ours and the baselines; for an op with algorithms, also the one ``auto`` did not choose."""
     cases = cases_of(job.op)
-    functions: dict[str, Function] = {
-        "ours": cases.run,
-        "eager": cases.eager,
-        "library": cases.library,
-        **getattr(cases, "APART", {}),
-    }
+    functions = timed(cases)
     if algorithm:
         other = "projected" if algorithm == "absorbed" else "absorbed"
         functions[other] = lambda inputs: cases.run({**inputs, "algorithm": other})

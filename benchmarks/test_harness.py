@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The harness itself: a wrong kernel gets no time, and the report touches only its own section."""
+"""The harness itself: a wrong kernel gets no time, and what is stored is reported."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import record, report, rows, run, timing
+from benchmarks import record, report, rows, run, stored
 from benchmarks.rows import Job
-from benchmarks.timing import Timing
 from mmkernels import OPS
 from mmkernels.ops.merge_embeddings import cases
-from mmkernels.testing import Inputs
+from mmkernels.testing import Inputs, timing
+from mmkernels.testing.timing import Timing
 
 SMALL = next(case for case in cases.CASES if case.name == "small")
 
@@ -102,30 +102,13 @@ def test_no_matching_row_is_an_error() -> None:
     assert benchmark("--case", "nowhere") == 2
 
 
-def test_report_replaces_its_section_only(tmp_path: Path) -> None:
-    results, readme = tmp_path / "results.json", tmp_path / "README.md"
-    assert benchmark("--json", str(results)) == 0
-    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
-    for _ in range(2):
-        assert report.main(["--readme", str(readme), str(results)]) == 0
-    text = readme.read_text()
-    assert text.startswith(f"before\n{report.START}\n")
-    assert text.endswith(f"\n{report.END}\nafter\n")
-    assert "old" not in text and text.count("| merge_embeddings | small |") == 2
-    assert "GPU: not measured." in text
-
-
-def test_report_refuses_a_readme_without_markers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    results, readme = tmp_path / "results.json", tmp_path / "README.md"
-    assert benchmark("--json", str(results)) == 0
-    readme.write_text(f"{report.END} {report.START}")
-    assert report.main(["--readme", str(readme), str(results)]) == 1
-    assert readme.read_text() == f"{report.END} {report.START}"
-    assert "must contain" in capsys.readouterr().err
-    assert report.main(["--readme", str(tmp_path / "none.md"), str(results)]) == 1
-    assert not (tmp_path / "none.md").exists()
+def test_a_run_that_is_stored_is_in_the_report(tmp_path: Path) -> None:
+    assert benchmark("--json", str(tmp_path / "device" / "results.json")) == 0
+    (device,) = stored.devices(tmp_path)
+    assert device.name == "device" and len(device.rows) == 2
+    assert device.files[0].table.count("| merge_embeddings | small |") == 2
+    text = report.pages(tmp_path)[report.ROOT / "docs" / "benchmarks.md"]
+    assert device.files[0].table in text and "## GPU\n\nNot measured." in text
 
 
 def test_ratios_are_taken_within_a_round() -> None:

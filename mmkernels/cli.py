@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: ``mmkernels demo | train | generate | info | doctor``."""
+"""Command line: ``mmkernels demo | train | generate | info | doctor | bench``."""
 
 import argparse
 import io
@@ -77,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(handler=_info)
     doctor = commands.add_parser("doctor", help="check this installation")
     doctor.set_defaults(handler=_doctor)
+    bench = commands.add_parser("bench", help="every op beside eager on this machine (a minute)")
+    bench.set_defaults(handler=_bench)
     return parser
 
 
@@ -97,6 +99,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from mmkernels import doctor
 
     return doctor.main(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from mmkernels import bench
+
+    return bench.main(args)
 
 
 def _demo_full(out: Path, scale: float) -> int:

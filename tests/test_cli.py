@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: a miniature demo end to end, and one clear line for every wrong input."""
 
+import importlib
 import struct
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import torch
 from PIL import Image
 from tiny_models import tiny_config
 
-from mmkernels import cli
+from mmkernels import OPS, bench, cli
 from mmkernels.models import MMLLM
+from mmkernels.ops.merge_embeddings import cases as merge_cases
 from mmkernels.serve import RequestError
 from mmkernels.serve.files import read_image
+from mmkernels.testing import timing
 from mmkernels.train import checkpoint, pipeline
 
 TINY = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=1)
@@ -207,3 +210,46 @@ def test_demo_full_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert Image.open(tmp_path / "demo-full.png").size[0] > 1000
     stages = checkpoint.load(tmp_path).stages
     assert stages == ("vision", "hearing", "language", "drawing", "pt", "it", "signals")
+
+
+@pytest.fixture
+def small_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op with a gradient, one without, one with outputs apart; small shapes."""
+    small = {"merge_embeddings": "small", "mrope_positions": "qwen2_vl", "mrope": "one_axis"}
+    monkeypatch.setattr(bench, "OPS", tuple(small))
+    monkeypatch.setattr(bench, "REAL", small)
+    monkeypatch.setattr(timing, "SAMPLE_S", 1e-5)
+
+
+def test_bench_tells_times_of_both(small_bench: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cpu = [line.split() for line in lines if " cpu " in line]
+    assert [(line[0], line[3]) for line in cpu if line[3] != "bf16"] == [
+        ("merge_embeddings", "fp32"),
+        ("mrope_positions", "int64"),
+        ("mrope", "fp32"),
+    ]
+    for *_, ours, eager, faster, kernel in cpu:
+        assert float(ours) > 0 and float(eager) > 0 and float(faster) > 0
+        assert kernel in ("native", "reference")
+    assert "doctor" in lines[-1] or "pip install" in lines[-1]
+
+
+def test_bench_gives_a_wrong_kernel_no_time(
+    small_bench: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = merge_cases.run
+    monkeypatch.setattr(merge_cases, "run", lambda inputs: right(inputs) * 1.5)
+    assert cli.main(["bench"]) == 1
+    for line in capsys.readouterr().out.splitlines():
+        assert ("WRONG: " in line) == line.startswith("merge_embeddings"), line
+
+
+def test_bench_has_a_real_shape_of_every_op_and_needs_nothing_outside_the_package() -> None:
+    assert set(bench.REAL) == set(OPS)
+    for op, name in bench.REAL.items():
+        cases = importlib.import_module(f"mmkernels.ops.{op}.cases").CASES
+        assert any(c.name == name and "bench" in c.tags for c in cases), op
+    code = "import sys, mmkernels.bench; assert 'benchmarks' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,7 +2,7 @@
 """patch_embed holds its results and a few panels, never an image or all patches: scratch does not grow with B.
 
 What a float image's own gradient takes is a result. Scratch is what torch's allocator holds at most beside
-results (``benchmarks.timing.peak_extra_bytes``); memory from elsewhere shows in the resident set of a process.
+results (``mmkernels.testing.timing.peak_extra_bytes``); memory from elsewhere shows in the resident set of a process.
 """
 
 import os
@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.timing import peak_extra_bytes
 from mmkernels.ops.patch_embed import cases
 from mmkernels.testing.case import Case, Inputs, leaves, map_tensors
+from mmkernels.testing.timing import peak_extra_bytes
 from mmkernels.train.trainer import fast_bf16
 
 ROOT = Path(__file__).parents[1]

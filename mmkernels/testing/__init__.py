@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests, benchmarks and ``doctor`` share: cases, the error bound, and which kernel ran."""
+"""What tests, benchmarks, ``doctor`` and ``bench`` share: cases, the error bound, which kernel ran, and timing."""
 
 from mmkernels.testing.case import Case, Inputs, Invalid
 from mmkernels.testing.watch import captured_calls, which_kernel_ran

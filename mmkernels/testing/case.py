@@ -20,15 +20,18 @@ Every ``cases.py`` exports:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 
 Inputs = dict[str, Any]
-
-
 Run = Callable[[Inputs], torch.Tensor]
+Function = Callable[[Inputs], torch.Tensor | tuple[torch.Tensor, ...]]
+# Sizes a bound is checked on where a shape is timed: the reference in fp64 takes long.
+CHECK_AT_MOST = {"B": 2, "L": 1024, "V": 2048}
+CHECK_QUICKLY = {"B": 1, "L": 256, "V": 512, "n": 64, "S": 2, "layers": 2}
 
 
 def inference_only(run: Run) -> Run:
@@ -88,3 +91,20 @@ def map_tensors(inputs: Inputs, change: Callable[[torch.Tensor], torch.Tensor]) 
         return change(value) if isinstance(value, torch.Tensor) else value
 
     return {name: visit(value) for name, value in inputs.items()}
+
+
+def smaller(case: Case, inputs: Inputs, limits: dict[str, int]) -> Case:
+    """The case itself if it is small; else few samples, a short text, a small vocabulary."""
+    numbers = sum(t.numel() for t in leaves(inputs).values())
+    if numbers < 2**20:
+        return case
+    sizes = {k: min(v, limits[k]) if k in limits else v for k, v in case.sizes.items()}
+    if "grids" in sizes:  # of a packed call, one image
+        sizes["grids"] = sizes["grids"][:1]
+    return replace(case, sizes=sizes)
+
+
+def timed(cases: ModuleType) -> dict[str, Function]:
+    """What is timed of an op: ours and the baselines that every ``cases.py`` has."""
+    every = {"ours": cases.run, "eager": cases.eager, "library": cases.library}
+    return {**every, **getattr(cases, "APART", {})}

@@ -5,6 +5,7 @@ No tolerance is chosen per test. The terms tᵢ of every output are counted by r
 magnitudes of the inputs: power 1 gives Σ|tᵢ|, power 2 gives Σtᵢ², power 0 the number of terms.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -131,6 +132,11 @@ def check(cases: ModuleType, inputs: Inputs, got: Tensors, grad: torch.Tensor) -
     if dtype != torch.float32 and (first := cases.rounded_before(wide)) is not None:
         bounds["out"] = bounds["out"] + 0.505 * ulp(first, dtype)
     return [compare(n, got[n], reference[n], bounds[n]) for n in got]
+
+
+def worst(comparisons: list[Comparison]) -> Comparison:
+    """The one nearest to its bound, or past it."""
+    return max(comparisons, key=lambda c: float("inf") if math.isnan(c.ratio) else c.ratio)
 
 
 def examined(cases: ModuleType, inputs: Inputs) -> tuple[Tensors, list[Comparison]]:

@@ -29,14 +29,14 @@ def _slow_on_cpu() -> frozenset[torch.dtype]:
     return frozenset(dtype for dtype, supported in known.items() if supported and not supported())
 
 
-_SLOW_ON_CPU = _slow_on_cpu()
+SLOW_ON_CPU = _slow_on_cpu()
 
 
 def absorbs(
     Q: int, n: int, d: int, X: int, dtype: torch.dtype, device: str = "cpu", training: bool = False
 ) -> bool:
     """Whether the absorbed algorithm is expected to be the faster one; ``training``: with its backward."""
-    if device == "cpu" and dtype in _SLOW_ON_CPU:
+    if device == "cpu" and dtype in SLOW_ON_CPU:
         return True
     half = dtype in (torch.float16, torch.bfloat16)
     work, of_weights, of_context = _CHARGES.get((device, half, training), _GPU[half])

@@ -33,8 +33,8 @@ SHARES = {  # of the mutants, by files
     "mmkernels/[mst]*/*.py": 0.1,  # models, serve, train
     "mmkernels/hf/*.py": 0.06,
 }
-# What is no part of a result: sizes of blocks, messages, data, the suite itself, what asks mypy's questions; and CUDA C++,
-# which nothing runs here.
+# What is no part of a result: sizes of blocks, messages, data, the suite itself, what answers mypy's questions; and CUDA
+# C++, which nothing runs here.
 NOT_FILES = re.compile(
     r"cuda|\.cu$|testing/|cases\.py|baselines|invalid|families|presets|flops|cost\.py|figure|__"
 )
@@ -82,7 +82,8 @@ RULES = {
 NEAR = {  # tests of what is no op
     "cache": ("cache", "chunked", "transformers_cache"), "nn": ("nn_", "transformers_p"),
     "models": ("blocks", "models", "parts", "presets", "generator", "drawing", "lora"),
-    "train": ("data", "train", "distributed", "torchrun", "cli"), "serve": ("serve", "cli"), "hf": ("patch.", "patch_c"),
+    "train": ("data", "train", "distributed", "torchrun", "cli"), "serve": ("serve", "cli"),
+    "hf": ("patch.", "patch_c"),
 }  # fmt: skip
 
 
@@ -152,12 +153,9 @@ def draw(count: int, seed: int) -> list[Mutant]:
             files = [p for p in files if "triton" not in p.name]
         wanted = len(found) + round(count * share)
         while len(found) < wanted:
-            by_rule = mutants_of(rng.choice(files))
-            fresh = (
-                [m for m in by_rule[rng.choice(sorted(by_rule))] if (m.file, m.line) not in taken]
-                if by_rule
-                else []
-            )
+            by_rule = mutants_of(rng.choice(files)) or {"": []}
+            made = by_rule[rng.choice(sorted(by_rule))]
+            fresh = [m for m in made if m[:2] not in taken]
             if fresh:
                 found.append(rng.choice(fresh))
                 taken.add(found[-1][:2])
@@ -201,11 +199,13 @@ class Copy:
             f"xargs -0 cp --parents -t {where}", shell=True, cwd=ROOT, input=files, check=True
         )
         subprocess.run(["git", "init", "-q"], cwd=where, check=True)
-        torch = subprocess.check_output(
-            [sys.executable, "-c", "import torch; print(torch.__path__[0])"], text=True
-        ).strip()
-        self._run("cmake", "-S", ".", "-B", "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", f"-DTORCH_DIR={torch}",
-                  "-DMMK_BUILD=cpu", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={where}/mmkernels")  # fmt: skip
+        asked = [sys.executable, "-c", "import torch; print(torch.__path__[0])"]
+        torch = subprocess.check_output(asked, text=True).strip()
+        self._run(
+            "cmake", "-S", ".", "-B", "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+            f"-DTORCH_DIR={torch}", "-DMMK_BUILD=cpu",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={where}/mmkernels",
+        )  # fmt: skip
         assert self.build() == 0
 
     def _run(self, *command: str, **more: str) -> int:

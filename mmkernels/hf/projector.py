@@ -16,7 +16,7 @@ from mmkernels.hf.row import Found
 from mmkernels.nn.attention_pool import multihead_attention
 
 
-def _has(module: nn.Module, linears: str, *others: str) -> bool:
+def has(module: nn.Module, linears: str, *others: str) -> bool:
     """Whether these names are linear layers (or what stands for one), and these exist."""
     found = (getattr(module, name, None) for name in linears.split())
     return all(isinstance(m, nn.Module) and hasattr(m, "weight") for m in found) and all(
@@ -41,7 +41,7 @@ QKV = ("key", "value")
 
 def qformer(module: Any) -> Found | str | None:
     """``query``, ``key``, ``value`` and ``encoder_hidden_states``: BLIP-2's cross-attention."""
-    if not _has(
+    if not has(
         module, "query key value", "num_attention_heads", "attention_head_size", "attention_dropout"
     ):
         return None
@@ -112,18 +112,18 @@ def _pool(
 
 def perceiver(module: nn.Module) -> Found | str | None:
     """``q_proj`` of latents, ``k_proj`` and ``v_proj`` of context and latents: Idefics2."""
-    if not _has(
+    if not has(
         module, "q_proj k_proj v_proj o_proj", "num_heads", "num_key_value_heads", "scaling"
     ):
         return None
-    if not _asks(module, "latents", "context"):
+    if not asks(module, "latents", "context"):
         return None
     if _eager(module):
         return 'attn_implementation="eager" returns probabilities: set "sdpa"'
     return Found("cross_attention", _perceiver, _latents_and_context, ("k_proj", "v_proj"))
 
 
-def _asks(module: nn.Module, *names: str) -> bool:
+def asks(module: nn.Module, *names: str) -> bool:
     code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
     return code.co_varnames[1 : 1 + len(names)] == names
 
@@ -163,7 +163,7 @@ def _all_latents(mask: torch.Tensor | None, n: int) -> bool:
 
 def flamingo(module: nn.Module) -> Found | str | None:
     """Idefics' ``IdeficsPerceiverAttention``: its own norms, scores by einsum."""
-    if not _has(
+    if not has(
         module, "context_layer_norm latents_layer_norm q_proj k_proj v_proj output_proj", "n_heads"
     ):
         return None
@@ -195,7 +195,7 @@ def _flamingo(
 
 def open_flamingo(module: nn.Module) -> Found | str | None:
     """open_flamingo's ``PerceiverAttention``: ``[B, T, n, X]``, K and V from one layer."""
-    if not _has(module, "norm_media norm_latents to_q to_kv to_out", "heads", "scale"):
+    if not has(module, "norm_media norm_latents to_q to_kv to_out", "heads", "scale"):
         return None
     return Found("cross_attention", _open_flamingo, _media_and_latents, ("norm_media", "to_kv"))
 
@@ -225,7 +225,7 @@ def aria(module: nn.Module) -> Found | str | None:
     """Aria's ``AriaCrossAttention``: two linear layers in a row are one."""
     attention = getattr(module, "multihead_attn", None)
     names = "q_proj k_proj v_proj linear layer_norm layer_norm_kv"
-    if not isinstance(attention, nn.MultiheadAttention) or not _has(module, names, "dropout"):
+    if not isinstance(attention, nn.MultiheadAttention) or not has(module, names, "dropout"):
         return None
     return Found(
         "cross_attention",

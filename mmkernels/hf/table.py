@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table: what can be replaced, in the order in which it is looked for."""
 
-from mmkernels.hf import generation, patch_embed, positions, projector, shuffle
+from mmkernels.hf import generation, patch_embed, pools, positions, projector, shuffle
 from mmkernels.hf.row import Row
 
 ROWS = (
@@ -9,6 +9,11 @@ ROWS = (
     Row("patch_embed", patch_embed.convolution),
     Row("projector", projector.qformer, within="crossattention"),  # self-attention looks the same
     Row("projector", projector.attention_pool),
+    Row("projector", pools.attentional_pooler),
+    Row(
+        "projector", pools.separate_inputs, within="attn_pool"
+    ),  # the blocks' attention too has k_x
+    Row("projector", pools.latent_pool),
     Row("projector", projector.perceiver),
     Row("projector", projector.flamingo),
     Row("projector", projector.open_flamingo),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention pooling: learned probes read all tokens of an image."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,22 +59,34 @@ class AttentionPool(nn.Module):
 
 
 def multihead_attention(
-    attention: nn.MultiheadAttention,
+    attention: Any,
     query: torch.Tensor,
     context: torch.Tensor,
     *,
     mask: torch.Tensor | None = None,
     key_position: Position | None = None,
+    dropout: float | None = None,
     algorithm: str = "auto",
 ) -> torch.Tensor:
-    """``attention(query, context, context)`` without its K and V where that pays; ``query`` ``[Q, D]`` serves all."""
-    w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
+    """``attention(query, context, context)`` without its K and V where that pays; ``query`` ``[Q, D]`` serves all.
+
+    ``attention``: an ``nn.MultiheadAttention``, or what names its parameters so, which then says its ``dropout``.
+    """
+    if dropout is None:
+        dropout = attention.dropout if attention.training else 0.0
+    w_q, w_k, w_v = projections(attention)
     bias = attention.in_proj_bias
     b_q, b_k, b_v = (None, None, None) if bias is None else bias.chunk(3)
     out = mmkernels.cross_attention(
         F.linear(query, w_q, b_q), context, w_k, w_v, b_k, b_v, num_heads=attention.num_heads,
-        attention_mask=mask, key_position=key_position, algorithm=algorithm,
-        dropout_p=attention.dropout if attention.training else 0.0,
+        attention_mask=mask, key_position=key_position, algorithm=algorithm, dropout_p=dropout,
     )  # fmt: skip
     projected: torch.Tensor = attention.out_proj(out)
     return projected
+
+
+def projections(attention: Any) -> tuple[torch.Tensor, ...]:
+    """Weights of query, key and value: in one parameter, or in three where their inputs differ in width."""
+    if attention.in_proj_weight is not None:
+        return attention.in_proj_weight.chunk(3)
+    return attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight

@@ -10,9 +10,8 @@ ROWS = (
     Row("projector", projector.qformer, within="crossattention"),  # self-attention looks the same
     Row("projector", projector.attention_pool),
     Row("projector", pools.attentional_pooler),
-    Row(
-        "projector", pools.separate_inputs, within="attn_pool"
-    ),  # the blocks' attention too has k_x
+    # the blocks' attention too has k_x
+    Row("projector", pools.separate_inputs, within="attn_pool"),
     Row("projector", pools.latent_pool),
     Row("projector", projector.perceiver),
     Row("projector", projector.flamingo),

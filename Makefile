@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo demo-full test lint full install check-torch check-transformers gpu-check compile-cuda compile-triton bench fuzz sanitize clean
+.PHONY: demo demo-full test lint full install check-torch check-transformers gpu-check compile-cuda compile-triton bench fuzz sanitize mutants clean
 
 install: $(INSTALLED)
 
@@ -59,7 +59,7 @@ compile-triton: install
 bench: install
 	$(PY) -m benchmarks.run
 
-full: test lint compile-cuda compile-triton fuzz sanitize check-transformers
+full: test lint compile-cuda compile-triton fuzz sanitize mutants check-transformers
 	$(PY) -m pytest -q -m full tests
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -m full tests/interpreted
 	$(PY) -m pytest -q benchmarks --benchmark-disable
@@ -71,6 +71,10 @@ fuzz: install
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: install
 	tests/sanitize.sh "$(PY)"
+
+# 50 small faults put into the sources by rule: the suite must notice 45 (an hour).
+mutants: install
+	$(PY) tests/mutants.py --out tests/reports/mutants.txt
 
 # The wheel under another torch, in an environment of its own (gigabytes; never in CI).
 check-torch: install

@@ -33,8 +33,8 @@ SHARES = {  # of the mutants, by files
     "mmkernels/[mst]*/*.py": 0.1,  # models, serve, train
     "mmkernels/hf/*.py": 0.06,
 }
-# What is no part of a result: sizes of blocks, messages, data, the suite itself, what answers mypy's questions; and CUDA
-# C++, which nothing runs here.
+# What is no part of a result: sizes of blocks, messages, data, the suite itself, what answers mypy's questions; and
+# CUDA C++, which nothing runs here.
 NOT_FILES = re.compile(
     r"cuda|\.cu$|testing/|cases\.py|baselines|invalid|families|presets|flops|cost\.py|figure|__"
 )

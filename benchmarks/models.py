@@ -215,8 +215,8 @@ def calls_of(model: Any, patched: mmkernels.Patched, inputs: Inputs) -> Calls:
 
     def recorded(part: str, ours: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            each = (functools.partial(f, *args, **kwargs) for f in (ours, ours.args[3]))
-            calls.setdefault(part, []).append(tuple(each))  # type: ignore[arg-type]
+            mine, original = (functools.partial(f, *args, **kwargs) for f in (ours, ours.args[3]))
+            calls.setdefault(part, []).append((mine, original))
             return ours(*args, **kwargs)
 
         return call
@@ -228,9 +228,12 @@ def calls_of(model: Any, patched: mmkernels.Patched, inputs: Inputs) -> Calls:
         object.__setattr__(module, method, ours)
     if "merge" in taken:
         calls["merge"] = [
-            tuple(functools.partial(f, *args) for f in (scatter_rows, torch.Tensor.masked_scatter))
+            (
+                functools.partial(scatter_rows, *args),
+                functools.partial(args[0].masked_scatter, *args[1:]),
+            )
             for args in scattered(model, inputs)
-        ]  # type: ignore[misc]
+        ]
     return calls
 
 

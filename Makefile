@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo demo-full test lint full install check-torch check-transformers gpu-check compile-cuda compile-triton bench fuzz sanitize mutants clean
+.PHONY: demo demo-full test lint full install check-torch check-transformers gpu-check newcomer compile-cuda compile-triton bench fuzz sanitize mutants clean
 
 install: $(INSTALLED)
 
@@ -87,6 +87,10 @@ check-transformers: install
 # On a machine with a GPU: build, bounds, streams, graphs, the table; results in benchmarks/results/<gpu>.
 gpu-check:
 	$(or $(GPU_PYTHON),python3) -m benchmarks.gpu_check
+
+# From a fresh clone to the demo, a patched model and an op of one's own; seconds of each in runs/newcomer.txt.
+newcomer:
+	tests/newcomer.sh
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) mmkernels/_C.so mmkernels/_build_info.json runs

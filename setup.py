@@ -43,6 +43,10 @@ class Build(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # no Python tag: torch loads it, not Python
 
+    def run(self) -> None:
+        self.asked_in_place = bool(self.inplace)  # setuptools clears it while it builds
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         target.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ class Build(build_ext):
         }
 
     def _in_source(self) -> bool:
-        return bool(self.inplace or getattr(self, "editable_mode", False))
+        return bool(self.asked_in_place or getattr(self, "editable_mode", False))
 
     def _built(self) -> bool:
         return not any(getattr(e, "failed", False) for e in self.extensions)

@@ -36,7 +36,7 @@ class _State:
 
 
 _state = _State()
-_triton_ops: set[str] = set()
+TRITON_OPS: set[str] = set()  # those whose CUDA kernel is in Triton, by name
 POLLS: list[
     Callable[[int], None]
 ] = []  # each raises the value error its CUDA kernels latched, if any
@@ -179,7 +179,7 @@ def register_triton(op: Op, module: str) -> None:
             return launcher(*args)
 
     LIB.impl(name, launch, "CUDA")
-    _triton_ops.add(name)
+    TRITON_OPS.add(name)
 
 
 def _recorded_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -249,7 +249,7 @@ def chosen_kernel(op: str, device: str) -> tuple[str, str]:
     if _state.forced_reference:
         return "reference", "MMKERNELS_BACKEND=reference or mmkernels.backend('reference')"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"mmkernels::{op}", _DISPATCH_KEYS[device]):
-        if device == "cuda" and op in _triton_ops:
+        if device == "cuda" and op in TRITON_OPS:
             return "triton", "compiled at the first call; float64 takes the reference"
         return ("c++", "") if device == "cpu" else ("cuda c++", "")
     if native_error():

@@ -32,17 +32,7 @@ from mmkernels import backends
 from mmkernels.testing import gradients, yardstick
 from mmkernels.testing.case import Inputs, map_tensors
 
-OPS = (
-    "patch_embed",
-    "patch_merge",
-    "cross_attention",
-    "mrope_positions",
-    "merge_embeddings",
-    "pack_embeddings",
-    "mrope",
-    "paged_attention",
-    "compact_kv",
-)
+OPS = tuple(sorted(p.stem.removeprefix("fuzz_") for p in Path(__file__).parent.glob("fuzz_*.py")))
 Letters = dict[str, Any]
 
 

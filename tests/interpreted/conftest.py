@@ -65,6 +65,7 @@ def _triton_on_cpu() -> None:
 
     import torch
 
+    import mmkernels  # noqa: F401
     from mmkernels import backends
 
     def launcher(op, name):  # type: ignore[no-untyped-def]
@@ -77,17 +78,8 @@ def _triton_on_cpu() -> None:
 
         return launch
 
-    for op in (
-        "patch_embed",
-        "cross_attention",
-        "patch_merge",
-        "mrope_positions",
-        "paged_attention",
-        "compact_kv",
-    ):
-        for name in (op, f"{op}_backward"):
-            if hasattr(torch.ops.mmkernels, name):
-                backends.LIB.impl(name, launcher(op, name), "CPU")
+    for name in sorted(backends.TRITON_OPS):
+        backends.LIB.impl(name, launcher(name.removesuffix("_backward"), name), "CPU")
 
 
 if INTERPRETED:

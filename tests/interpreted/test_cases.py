@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from mmkernels import OPS as ALL_OPS
+from mmkernels import backends
 from mmkernels.testing import Case, gradients, yardstick
 from mmkernels.testing.case import Inputs
 
-OPS = ("patch_embed", "cross_attention", "patch_merge", "paged_attention", "compact_kv")
+OPS = [  # mrope_positions, of integers, has a file of its own
+    op for op in ALL_OPS if op in backends.TRITON_OPS and op != "mrope_positions"
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # For an interpreter; test_layouts.py and test_patch_embed.py have several tiles, groups and filters, too.
 TOO_LONG = (

@@ -48,7 +48,8 @@ COMMANDS: dict[str, str | tuple[str, str]] = {
     "mmkernels generate --requests FILE.jsonl": ("tests/test_serve.py", "def test_a_file_of_requests_answers_line_"),
     "python -m benchmarks.compare A.json B.json": HERE,
     "python -m benchmarks.run": ("Makefile", "demo: .*\n.*\n.*benchmarks.run --quick"),
-    "python -m benchmarks.run --op merge_embeddings": ("benchmarks/test_harness.py", 'Job."merge_embeddings"'),
+    "python -m benchmarks.run --op merge_embeddings --json benchmarks/results/DEVICE/merge_embeddings.json": (
+        "benchmarks/test_harness.py", 'Job."merge_embeddings"'),
     "python -m benchmarks.queries OUT.json": LONG,
     "python -m benchmarks.models OUT.json": LONG,
     "python -m benchmarks.resampler OUT.json": LONG,

@@ -46,7 +46,6 @@ COMMANDS: dict[str, str | tuple[str, str]] = {
     "python -m benchmarks.compare A.json B.json": HERE,
     "python -m benchmarks.run": ("Makefile", "demo: .*\n.*\n.*benchmarks.run --quick"),
     "python -m benchmarks.run --op merge_embeddings": ("benchmarks/test_harness.py", 'Job."merge_embeddings"'),
-    "python -m benchmarks.run --op pool_frames": ("tests/newcomer.sh", "test_guide"),
     "python -m benchmarks.queries OUT.json": LONG,
     "python -m benchmarks.models OUT.json": LONG,
     "python -m benchmarks.resampler OUT.json": LONG,

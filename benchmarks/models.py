@@ -341,14 +341,14 @@ def main() -> int:
         "--compile", action="store_true", help="also torch.compile of both (minutes)"
     )
     args = parser.parse_args()
+    run = asdict(new_run({k: str(v) for k, v in vars(args).items()}, []))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     found = []
     for dtype in args.dtype or ["fp32", "bf16"]:
         for name in args.only:
             found.append(measured(name, dtype, args.rounds, args.compile))
             print(line(found[-1]), flush=True)
-    run = asdict(new_run({k: str(v) for k, v in vars(args).items()}, []))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**run, "models": found}, indent=1) + "\n")
+            args.out.write_text(json.dumps({**run, "models": found}, indent=1) + "\n")
     return int(any("failure" in row for row in found))
 
 

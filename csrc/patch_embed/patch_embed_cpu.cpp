@@ -106,9 +106,7 @@ class Forward {
       : plan_(plan), positions_(positions), packer_(packer), rest_(rest), weight_(weight), out_(out), D_(D) {}
 
   void run(const Tensor& like) const {
-    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-    const int64_t most = std::clamp<int64_t>(kPanelBytes / (gemm::lda<E>(plan_.patch.K()) * sizeof(E)), 96, kPanelRows);
-    const int64_t limit = std::clamp(ceil_div(plan_.patches, threads), int64_t{64}, most);
+    const int64_t limit = panel_rows();
     const auto units = units_of(plan_.patch, plan_.images, limit);
     const auto panels = panels_of(plan_.patch, plan_.images, units, limit);
     int64_t rows = 0;
@@ -123,6 +121,16 @@ class Forward {
   }
 
  private:
+  // At most what L2 holds, and of whole bands so many that every thread has as many panels: the last one counts.
+  int64_t panel_rows() const {
+    const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const int64_t most = std::clamp<int64_t>(kPanelBytes / (gemm::lda<E>(plan_.patch.K()) * sizeof(E)), 96, kPanelRows);
+    const int64_t panels = threads * std::max<int64_t>(1, ceil_div(plan_.patches, most * threads));
+    int64_t band = 1;
+    for (const Image& image : plan_.images) band = std::max(band, image.rows ? 1 : image.w * plan_.patch.merge);
+    return std::clamp(ceil_div(ceil_div(plan_.patches, panels), band) * band, int64_t{64}, most);
+  }
+
   void multiply(const Panel& panel, const std::vector<Unit>& units, E* a, int64_t lda, A* c) const {
     const int64_t K = plan_.patch.K(), taps = positions_.taps();
     std::vector<E> line;

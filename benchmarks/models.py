@@ -215,7 +215,9 @@ def calls_of(model: Any, patched: mmkernels.Patched, inputs: Inputs) -> Calls:
 
     def recorded(part: str, ours: Any) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            mine, original = (functools.partial(f, *args, **kwargs) for f in (ours, ours.args[3]))
+            mine, original = (
+                functools.partial(f, *args, **kwargs) for f in (ours, ours.__wrapped__)
+            )
             calls.setdefault(part, []).append((mine, original))
             return ours(*args, **kwargs)
 

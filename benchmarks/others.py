@@ -49,9 +49,7 @@ def _model_lines(row: dict[str, Any]) -> Iterator[list[str]]:
         spread = (eager["p80"] - eager["p20"]) / eager["median"]
         told = row.get("parts", {}) if direction == "fwd" else {}
         parts = ", ".join(
-            f"{p} {told[p]['speedup']:.2f} ({1e3 * told[p]['eager_s']:.2g})"
-            for p in PARTS
-            if p in told
+            f"{p} {told[p]['speedup']:.2f} ({ms(told[p]['eager_s'])})" for p in PARTS if p in told
         )
         compiled = ", ".join(f"{n} {s:.2f}" for n, s in speedup.items() if "compile" in n)
         yield [

@@ -4,7 +4,8 @@
 ``python tests/mutants.py [--count 50] [--seed 0] [--only I …] [--out FILE]``. A mutant is one line changed by a rule
 below, drawn with a fixed seed from files drawn by ``SHARES``. The tests nearest to the file run first and the rest of
 ``make test`` only if they pass. Two copies of the tree work side by side, a thread each. The report names every mutant
-with what noticed it, survivors with their diff; exit code 1 if more than a tenth survive.
+with what noticed it, survivors with their diff. A test that fails on the whole sources too has noticed nothing: that, a
+mutant without a verdict, or more than a tenth of survivors is exit code 1.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 1800  # a mutant that hangs is noticed, too
+SURVIVED, STILLBORN, BROKEN = "SURVIVED", "does not compile", "FAILS WITHOUT IT, TOO"
 SHARES = {  # of the mutants, by files
     "csrc/*/*.[ch]*": 0.44,
     "mmkernels/ops/*/triton*.py": 0.16,
@@ -225,16 +227,21 @@ class Copy:
         return self._run("cmake", "--build", "build", "-j", "1")
 
     def verdict(self, mutant: Mutant) -> str:
-        """What noticed it; ``""``: nothing; ``"stillborn"``: it does not compile."""
+        """What noticed it, or one of the other words."""
         file = self.where / mutant.file
-        whole = file.read_text()
+        whole, native = file.read_text(), mutant.file.startswith("csrc")
         file.write_text(mutant.source())
         try:
-            if mutant.file.startswith("csrc") and self.build():
-                return "stillborn"
-            return next(filter(None, map(self._noticed, suites(mutant))), "")
+            if native and self.build():
+                return STILLBORN
+            found = next(filter(None, map(self._noticed, suites(mutant))), SURVIVED)
         finally:
             file.write_text(whole)
+            assert not native or self.build() == 0
+        test = found.partition("[")[0]  # whole: an id may hold blanks
+        if test.startswith("tests/") and self._noticed([test]):
+            return f"{BROKEN}: {found}"
+        return found
 
     def _noticed(self, suite: list[str]) -> str:
         more = {"TRITON_INTERPRET": "1"} if suite[0].startswith("tests/interpreted") else {}
@@ -257,7 +264,7 @@ def work(
         except queue.Empty:
             return
         start = time.monotonic()
-        found[i] = copy.verdict(mutant) or "SURVIVED"
+        found[i] = copy.verdict(mutant)
         place = f"{mutant.file}:{mutant.line + 1}"
         print(
             f"{i:>3} of {total} {time.monotonic() - start:5.0f} s  {place} {mutant.rule}: {found[i]}",
@@ -266,14 +273,14 @@ def work(
 
 
 def report(mutants: list[Mutant], found: dict[int, str], seed: int) -> str:
-    born = {i: v for i, v in found.items() if v != "stillborn"}
-    alive = [i for i, v in born.items() if v == "SURVIVED"]
+    born = {i: v for i, v in found.items() if v != STILLBORN}
+    alive = [i for i, v in born.items() if v == SURVIVED or v.startswith(BROKEN)]
     commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
     lines = [f"{len(born) - len(alive)} of {len(born)} mutants noticed, commit {commit}, seed {seed}; "
              f"{len(found) - len(born)} did not compile.", ""]  # fmt: skip
     for i in alive:
         lines += [
-            f"survived: {mutants[i].file}:{mutants[i].line + 1} ({mutants[i].rule})",
+            f"{found[i]}: {mutants[i].file}:{mutants[i].line + 1} ({mutants[i].rule})",
             mutants[i].diff(),
             "",
         ]
@@ -307,8 +314,11 @@ def main() -> int:
     told = report(mutants, found, args.seed)
     print(told)
     if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(told)
-    return int(told.count("survived: ") * 10 > len(found))
+    words = list(found.values())
+    bad = len(words) < len(chosen) or any(w.startswith(BROKEN) for w in words)
+    return int(bad or words.count(SURVIVED) * 10 > len(words) - words.count(STILLBORN))
 
 
 if __name__ == "__main__":

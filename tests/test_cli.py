@@ -2,6 +2,7 @@
 """The command line: a miniature demo end to end, and one clear line for every wrong input."""
 
 import importlib
+import json
 import struct
 import subprocess
 import sys
@@ -208,6 +209,9 @@ def test_demo_full_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ):
         assert word in out
     assert Image.open(tmp_path / "demo-full.png").size[0] > 1000
+    numbers = json.loads((tmp_path / "demo-full.json").read_text())
+    assert set(numbers) == {"exact_match", "drawings", "seconds"}
+    assert all(0 <= x <= 1 for scores in numbers["exact_match"].values() for x in scores.values())
     stages = checkpoint.load(tmp_path).stages
     assert stages == ("vision", "hearing", "language", "drawing", "pt", "it", "signals")
 

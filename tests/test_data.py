@@ -181,7 +181,9 @@ def test_held_out_scales_are_other_scales(monkeypatch: pytest.MonkeyPatch) -> No
         assert all(high < seen[0] or low > seen[1] for seen in mixture.SIZES)
 
 
-@pytest.mark.parametrize("size_px", [*mixture.OTHER_SIZES, *mixture.SIZES])
+@pytest.mark.parametrize(
+    "size_px", [*mixture.OTHER_SIZES, *mixture.SIZES, *digits.SIZE_PX, *digits.CROWDED]
+)
 def test_no_window_cuts_ink(size_px: tuple[float, float]) -> None:
     """A scan that is ink all over leaves the border of its window empty, however it is turned."""
     generator = torch.Generator().manual_seed(0)

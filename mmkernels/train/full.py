@@ -197,7 +197,7 @@ def train(out: Path, scale: float = 1.0) -> Trained:
 
     run: dict[str, Callable[[int], list[float]]] = {
         "vision": lambda n: stages.train_vision(
-            model, scans, n, sizes=(mixture.SIZES, mixture.SIZES)
+            model, scans, n, crowded_sizes=mixture.SIZES, sizes=mixture.SIZES
         ),
         "hearing": lambda n: train_hearing(model, speech.load_spoken("train"), n),
         "language": lambda n: train_language(model, n),

@@ -19,11 +19,7 @@ from mmkernels.train.speech import Spoken
 
 FRAMES = 4
 SIZES: Bands = ((26.0, 33.0), (39.0, 46.0))  # sides of the digits that any stage has seen
-OTHER_SIZES: Bands = (
-    (34.0, 38.0),
-    (23.0, 25.0),
-    (47.0, 50.0),
-)  # held out: between them, and beyond
+OTHER_SIZES: Bands = ((34.0, 38.0), (23.0, 25.0), (47.0, 50.0))  # held out: between, beyond
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SEED = 1_000_003
 

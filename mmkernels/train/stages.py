@@ -49,10 +49,10 @@ def train_vision(
     scans: digits.Scans,
     steps: int,
     batch: int = 32,
-    sizes: tuple[digits.Bands, digits.Bands] = (digits.CROWDED, digits.SIZE_PX),
+    crowded_sizes: digits.Bands = digits.CROWDED,
+    sizes: digits.Bands = digits.SIZE_PX,
 ) -> list[float]:
-    """Patches learn which digit covers them, for most of the time on crowded pictures. ``sizes`` of the digits in those
-    and in the others."""
+    """Patches learn which digit covers them, for most of the time on crowded pictures."""
     encoder, config = model.encoder("image"), model.config.encoders["image"]
     assert isinstance(config, VisionConfig)
     learn_only(model, encoder)
@@ -60,9 +60,10 @@ def train_vision(
     head = nn.Linear(config.hidden_size, digits.BACKGROUND + 1)
 
     def loss_at(step: int) -> torch.Tensor:
-        crowded = step < 0.75 * steps
-        draw = digits.draw_crowded if crowded else digits.draw
-        pictures = draw(scans, batch, generator, sizes[not crowded])
+        if step < 0.75 * steps:
+            pictures = digits.draw_crowded(scans, batch, generator, crowded_sizes)
+        else:
+            pictures = digits.draw(scans, batch, generator, sizes)
         tokens = model.encode("image", list(pictures.pixel_values)).tokens
         logits = head(tokens.view(batch, -1, config.hidden_size)[:, 1:])
         labels = digits.patch_labels(pictures, config.patch_size)

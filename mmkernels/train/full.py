@@ -44,16 +44,16 @@ from mmkernels.train.sample import AnswerLoss, Sample, encoded, features_of
 from mmkernels.train.trainer import Schedule, Trainer, fast_bf16, fit
 
 STEPS = {
-    "vision": 1800, "hearing": 600, "language": 900, "drawing": 1600, "pt": 700, "it": 1500, "signals": 400,
+    "vision": 2400, "hearing": 600, "language": 900, "drawing": 1600, "pt": 700, "it": 2100, "signals": 400,
 }  # fmt: skip
-POOL = 14000
-EXAM = 300  # held-out samples a task
-MEDIA = {"image": 5.0, "two_images": 1.0, "video": 3.0, "audio": 3.0, "image_audio": 2.0}
+POOL = 17000
+EXAM = 600  # held-out samples a task; half of them without their media
+MEDIA = {"image": 8.0, "two_images": 1.0, "video": 3.0, "audio": 3.0, "image_audio": 2.0}
 # What learns together, by stage: tasks and their shares, parts, learning rate.
 TOGETHER = {
     "pt": ({"caption": 1.0, "video": 1.0, "audio": 1.0}, ("projectors",), 2e-3),
     "it": (
-        {"image": 4.0, "caption": 0.5, "two_images": 1.0, "video": 2.5, "audio": 2.5, "image_audio": 1.5, "text": 1.0,
+        {"image": 4.0, "caption": 1.5, "two_images": 1.0, "video": 2.5, "audio": 2.5, "image_audio": 1.5, "text": 1.0,
          "draw": 0.5},
         ("projectors", "output_projector", "language_model"), 1e-3,
     ),
@@ -226,10 +226,9 @@ def examine(model: MMLLM, each: int = EXAM) -> dict[str, dict[str, float]]:
         found.setdefault("other scales", {})[f"image {low:.0f}-{high:.0f} px"] = exact_match(
             model, exam
         )
-    found["blind"] = {t: exact_match(model, _blind(s)) for t, s in asked.items() if s[0].media}
-    found["shuffled"] = {
-        t: exact_match(model, _shuffled(s)) for t, s in asked.items() if s[0].media
-    }
+    fewer = {t: s[: len(s) // 2] for t, s in asked.items() if s[0].media}
+    found["blind"] = {t: exact_match(model, _blind(s)) for t, s in fewer.items()}
+    found["shuffled"] = {t: exact_match(model, _shuffled(s)) for t, s in fewer.items()}
     return found
 
 

@@ -66,7 +66,7 @@ full: test lint compile-cuda compile-triton fuzz sanitize mutants check-transfor
 
 # Random calls, FUZZ_CASES of every kind (default 10000), from seed FUZZ_SEED on.
 fuzz: install
-	$(PY) tests/fuzz/fuzzing.py
+	$(PY) tests/fuzz/fuzzing.py --out tests/reports/fuzz.txt
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: install

@@ -110,21 +110,22 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _demo_full(out: Path, scale: float) -> int:
-    from mmkernels.train import checkpoint, digits, figure, full, recognise
+    from mmkernels.train import checkpoint, digits, evaluate, figure, pipeline, recipes, recognise
 
     began = time.perf_counter()
-    model, losses, text_before = full.train(out, scale)
-    found = full.examine(model, max(8, round(full.EXAM * min(1.0, scale))))
-    found["before it"] = {"text": text_before}
-    print(full.table(found))
-    pictures, asked = full.draw_digits(model, max(2, round(20 * min(1.0, scale))))
+    run = pipeline.start(recipes.FULL)
+    pipeline.train(run, tuple(recipes.FULL.steps), out, scale)
+    found = evaluate.examine(run.model, max(8, round(evaluate.EXAM * min(1.0, scale))))
+    found["before it"] = {"text": run.text_before or 0.0}
+    print(evaluate.table(found))
+    pictures, asked = evaluate.draw_digits(run.model, max(2, round(20 * min(1.0, scale))))
     verdict = recognise.evaluate(
         pictures, asked, digits.load_scans("train"), digits.load_scans("heldout")
     )
     print(verdict)
-    shown = full.answered(model)
-    told = f"{full.table(found)}\n\n{verdict}\n\n{full.throughput(out / 'end_to_end.json')}"
-    page = figure.draw_page(shown, pictures, losses, told)
+    speed = figure.throughput(out / "end_to_end.json")
+    told = f"{evaluate.table(found)}\n\n{verdict}\n\n{speed}"
+    page = figure.draw_page(evaluate.some_of_each(run.model), pictures, run.losses, told)
     checkpoint.write_file(out / "demo-full.png", page)
     seconds = time.perf_counter() - began
     numbers = {"exact_match": found, "drawings": asdict(verdict), "seconds": seconds}
@@ -136,18 +137,27 @@ def _demo_full(out: Path, scale: float) -> int:
 def _demo(args: argparse.Namespace) -> int:
     if args.full:
         return _demo_full(args.out, args.steps_scale)
-    from mmkernels.train import checkpoint, digits, evaluate, figure, pipeline
+    from mmkernels.train import checkpoint, evaluate, figure, mixture, pipeline
 
     began = time.perf_counter()
     run = pipeline.start()
-    pipeline.train(run, ("vision", "language", "pt", "it"), args.out, args.steps_scale)
-    exam = evaluate.draw_exam(digits.load_scans("heldout"), EXAM_SIZE)
-    scores = evaluate.run_all(run.model, exam)
-    print(evaluate.table(scores, exam))
-    picture = figure.draw_figure(exam, scores[0], run.losses)
+    pipeline.train(run, tuple(run.recipe.steps), args.out, args.steps_scale)
+    exam = mixture.exam(["image"], EXAM_SIZE)
+    found = evaluate.answer_pictures(run.model, exam)
+    scores, ours, reference = evaluate.by_kind(found), found["kernels"], found["reference"]
+    print(evaluate.table(scores))
+    print(f"commonest answer to each wording: {evaluate.majority(exam):.1%}")
+    same = "identical" if ours.said == reference.said else "DIFFERENT"
+    times = f"{ours.seconds:.1f} s and {reference.seconds:.1f} s"
+    print(f"kernels and reference answers: {same}, in {times}")
+    exact = sum(ours.right) / len(exam)
+    title = f"held-out digits, exact match {exact:.1%}"
+    picture = figure.draw_figure(ours, run.losses, title)
     checkpoint.write_file(args.out / "demo.png", picture)
-    for i in range(SAMPLES):
-        checkpoint.write_file(args.out / f"sample_{i}.png", _png(exam.pixel_values[i]))
+    for i, sample in enumerate(exam[:SAMPLES]):
+        pixels = sample.media[0][1]
+        assert isinstance(pixels, torch.Tensor)
+        checkpoint.write_file(args.out / f"sample_{i}.png", _png(pixels))
     print(f"{time.perf_counter() - began:.0f} s; {args.out}/demo.png shows the answers. Try:")
     print(
         f'  mmkernels generate --image {args.out}/sample_0.png --prompt "which digits are shown?"'
@@ -165,11 +175,8 @@ def _train(args: argparse.Namespace) -> int:
         run = pipeline.resume(args.out, "it") if args.stage == "it" else pipeline.start()
     except CheckpointError as error:
         raise InputError(f"--out {error}") from None
-    names = {
-        "all": ("vision", "language", "pt", "it"),
-        "pt": ("vision", "language", "pt"),
-        "it": ("it",),
-    }[args.stage]
+    every = tuple(run.recipe.steps)
+    names = {"all": every, "pt": every[:-1], "it": every[-1:]}[args.stage]
     pipeline.train(run, names, args.out, args.steps_scale)
     print(f"{args.out}: stages {', '.join(run.stages)}")
     return 0

@@ -4,6 +4,8 @@
 # Builds them apart (build/asan), copies the package beside them (mmkernels/_C.so stays what it is) and runs the
 # tests that reach them and random calls, whole under the best instruction set, a share of it under lesser ones.
 # target_clones are off under ASan (their resolvers would run before it), so hot loops run in their plain form.
+# Threads race in a program of its own, over the headers alone (csrc/testing/races.cpp), under ThreadSanitizer.
+# Without a number of cases what was run is kept in tests/reports/sanitize.txt.
 set -euo pipefail
 python=$(realpath -s "$1")
 cases=${2:-2000}
@@ -41,22 +43,38 @@ assert mmkernels.__file__.startswith('$copy'), mmkernels.__file__
 assert not backends.native_error(), backends.native_error()
 assert 'libasan' in open('/proc/self/maps').read()"
 
-op_tests="(patch_embed or merge_embeddings or patch_merge or cross_attention or mrope_positions or paged_attention or compact_kv) and (bound or layouts or empty or invalid or itself or threads) and not real_models"
-echo "== op tests"
-sanitized "" "$python" -m pytest -q -x -p no:randomly tests/test_ops.py tests/test_errors.py -k "$op_tests"
-echo "== $cases random calls"
-for kind in image packed tubelet audio; do
-  sanitized "" "$python" tests/fuzz/fuzzing.py --op patch_embed --kind $kind --cases $((cases / 4))
-done
-for kind in runs spans units canvas; do
-  sanitized "" "$python" tests/fuzz/fuzzing.py --op mrope_positions --kind $kind --cases $((cases / 4))
-done
-for isa in avx2 generic; do
-  echo "== $isa"
-  sanitized $isa "$python" -m pytest -q -x tests/test_ops.py tests/test_errors.py \
-    -k "patch_embed and (bound or empty) and (bfloat16 or float32 or empty) and not real_models"
+checks() {
+  echo "== op tests"
+  sanitized "" "$python" -m pytest -q -x -p no:randomly tests/test_ops.py tests/test_errors.py \
+    tests/fuzz/test_fuzz_rope_write_kv.py -k "(fuzz_rope or bound or layouts or empty or invalid or itself or threads) and not real_models"
+  echo "== random calls"
   for kind in image packed tubelet audio; do
-    sanitized $isa "$python" tests/fuzz/fuzzing.py --op patch_embed --kind $kind --cases $((cases / 20))
+    sanitized "" "$python" tests/fuzz/fuzzing.py --op patch_embed --kind $kind --cases $((cases / 4))
   done
-done
-echo "sanitize: no report"
+  for op in cross_attention patch_merge merge_embeddings pack_embeddings mrope_positions mrope paged_attention \
+    compact_kv; do
+    sanitized "" "$python" tests/fuzz/fuzzing.py --op $op --cases $((cases / 8))
+  done
+  for isa in avx2 generic; do
+    echo "== $isa"
+    sanitized $isa "$python" -m pytest -q -x tests/test_ops.py tests/test_errors.py \
+      -k "patch_embed and (bound or empty) and (bfloat16 or float32 or empty) and not real_models"
+    for kind in image packed tubelet audio; do
+      sanitized $isa "$python" tests/fuzz/fuzzing.py --op patch_embed --kind $kind --cases $((cases / 20))
+    done
+  done
+  echo "== ThreadSanitizer"
+  "$cxx" -std=c++17 -O1 -g -fsanitize=thread "$root"/csrc/testing/races.cpp "$root"/csrc/common/gemm_cpu.cpp \
+    -o "$build/races"
+  TSAN_OPTIONS=halt_on_error=1:exitcode=99 "$build/races"
+  echo "sanitize: no report"
+}
+checks | tee "$build/out.txt"
+
+if [ -z "${2:-}" ]; then
+  mkdir -p "$root/tests/reports"
+  {
+    echo "AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer, $("$cxx" --version | head -1), commit $(git -C "$root" rev-parse HEAD)"
+    grep -E "^==|^fuzz .*: ([0-9]+)/\1 calls|passed|no report" "$build/out.txt"
+  } >"$root/tests/reports/sanitize.txt"
+fi

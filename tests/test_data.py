@@ -174,16 +174,14 @@ def test_held_out_scales_are_other_scales(monkeypatch: pytest.MonkeyPatch) -> No
     sizes: list[torch.Tensor] = []
     real = digits._render
     monkeypatch.setattr(digits, "_render", lambda *a: sizes.append(a[3][a[1]]) or real(*a))
-    for low, high in mixture.OTHER_SIZES:
+    for low, high in digits.OTHER_SIZES:
         sizes.clear()
         mixture.exam(["image"], 20, sizes=((low, high),))
         assert low <= torch.cat(sizes).min() and torch.cat(sizes).max() <= high
-        assert all(high < seen[0] or low > seen[1] for seen in mixture.SIZES)
+        assert all(high < seen[0] or low > seen[1] for seen in digits.SIZES)
 
 
-@pytest.mark.parametrize(
-    "size_px", [*mixture.OTHER_SIZES, *mixture.SIZES, *digits.SIZE_PX, *digits.CROWDED]
-)
+@pytest.mark.parametrize("size_px", [*digits.OTHER_SIZES, *digits.SIZES])
 def test_no_window_cuts_ink(size_px: tuple[float, float]) -> None:
     """A scan that is ink all over leaves the border of its window empty, however it is turned."""
     generator = torch.Generator().manual_seed(0)

@@ -30,6 +30,8 @@ COMMANDS: dict[str, str | tuple[str, str]] = {
     "make test": (".ci/run", "make test"),
     "make lint": (".ci/run", "make lint"),
     "make compile-triton": (".ci/run", "make compile-triton"),
+    "make compile-cuda": (".ci/run", "make compile-cuda"),
+    "make check-transformers": ("Makefile", "full: .*check-transformers"),
     ".ci/run": "it is what CI runs",
     "make full": "it is the suite and all that takes long",
     "make newcomer": "it is a user's first hour, and runs what is named here",

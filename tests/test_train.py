@@ -4,6 +4,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 
 from mmkernels.models import MMLLM, Features
-from mmkernels.train import checkpoint, digits, evaluate, pipeline, questions, stages
+from mmkernels.train import checkpoint, digits, evaluate, mixture, pipeline, questions, stages
 from mmkernels.train.checkpoint import CheckpointError
+from mmkernels.train.pool import Pool, seen_once, train_together
 from mmkernels.train.questions import Scene
+from mmkernels.train.recipes import IMAGE
+from mmkernels.train.sample import Ask, encoded, features_of
 
 TINY = tiny_config(64, queries=4, qformer_layers=1, decoder_layers=2)
 
@@ -116,10 +120,11 @@ def test_each_stage_changes_only_its_parts(
     if stage == "vision":
         stages.train_vision(model, scans, 2, batch=2)
     elif stage == "language":
-        stages.train_language(model, 2, batch=2)
+        stages.train_language(model, IMAGE.row, 2, batch=2)
     else:
-        pool = stages.encode_pool(model, scans, 4)
-        {"pt": stages.train_pt, "it": stages.train_it}[stage](model, pool, 2, batch=2)
+        tasks, parts, lr = IMAGE.together[stage]
+        pool = Pool(seen_once(model, IMAGE.media, 4), tasks, 2, 0)
+        train_together(stage, model, pool, parts, 2, lr)
     changed = {
         n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])
     }
@@ -137,29 +142,32 @@ def test_only_the_answer_is_scored(model: MMLLM) -> None:
     torch.testing.assert_close(loss, expected)
 
 
-def test_memorises_a_tiny_set_and_needs_the_picture(model: MMLLM, scans: digits.Scans) -> None:
-    pictures = digits.draw(scans, 6, torch.Generator().manual_seed(3))
-    rng = random.Random(0)
-    asked = ["which digits are shown?"] * 6
-    truth = [" ".join(map(str, s.digits)) for s in questions.scenes(pictures)]
-    assert len(set(truth)) == 6
-    pool = stages.Pool(_detached(model, pictures), questions.scenes(pictures))
-    stages.learn_only(model, model.projectors, model.language_model)
-    loss_at = stages.picture_loss(
-        model, pool, rng, 12, lambda s, _: (asked[0], " ".join(map(str, s.digits)))
-    )
-    losses = stages.fit(
-        "tiny", loss_at, (model.projectors, model.language_model), steps=150, lr=3e-3
-    )
+def test_memorises_a_tiny_set_and_needs_the_picture(model: MMLLM) -> None:
+    made = mixture.exam(["caption"], 6)
+    asked = [replace(s, prompt="<image>?", again={"caption": _always(s.answer)}) for s in made]
+    assert len({s.answer for s in asked}) == 6
+    pool = Pool(encoded(model, asked), {"caption": 1.0}, 12, 0)
+    losses = train_together("tiny", model, pool, ("projectors", "language_model"), 150, 3e-3)
     assert losses[-1] < 0.05 < 1 < losses[0]
-    assert evaluate.answer(model, pictures.pixel_values, asked) == truth
-    blind = evaluate.answer(model, pictures.pixel_values, asked, blind=True)
-    assert len(set(blind)) == 1  # the text is the same for all
+    assert evaluate.answer(model, asked) == [s.answer for s in asked]
+    assert len(set(evaluate.answer(model, evaluate.blind(asked)))) == 1  # the text is the same
+    others = [s.answer for s in (*asked[1:], asked[0])]
+    assert evaluate.answer(model, evaluate.shuffled(asked)) == others
 
 
-def _detached(model: MMLLM, pictures: digits.Pictures) -> Features:
-    with torch.no_grad():
-        return model.encode("image", list(pictures.pixel_values))
+def test_what_is_seen_and_what_is_not_keep_their_order(model: MMLLM) -> None:
+    a, b, c, text = mixture.exam(["image"], 3) + mixture.exam(["text"], 1)
+    samples = [a, text, b, c]
+    expected = features_of(model, samples)["image"]
+    mixed = [samples[0], *encoded(model, samples[1:3]), samples[3]]
+    found = features_of(model, mixed)["image"]
+    assert found.grids == expected.grids
+    torch.testing.assert_close(found.tokens, expected.tokens, atol=0.05, rtol=0.05)  # bf16
+    assert (found.tokens - expected.tokens.roll(len(found.tokens) // 3, 0)).abs().max() > 0.2
+
+
+def _always(answer: str) -> Ask:
+    return lambda rng: ("caption", "<image>?", answer)
 
 
 def test_pipeline_saves_after_each_stage_and_resumes(

@@ -16,8 +16,9 @@ SLOTS = 3
 SIDE = 112
 BACKGROUND = 10  # the "digit" of an empty slot or patch
 Bands = tuple[tuple[float, float], ...]
-SIZE_PX: Bands = ((30.0, 44.0),)  # sides of digits, from the least to the most of each band
-CROWDED: Bands = ((28.0, 40.0),)
+# Sides of digits, from the least to the most of each band: what any stage sees, and what none does.
+SIZES: Bands = ((26.0, 33.0), (39.0, 46.0))
+OTHER_SIZES: Bands = ((34.0, 38.0), (23.0, 25.0), (47.0, 50.0))  # between, beyond
 _TRIES = 16
 GAP_PX = 14.0  # at least this far apart from left to right, so that the order is never in doubt
 
@@ -53,7 +54,7 @@ def load_scans(split: str) -> Scans:
     return Scans(images[chosen], labels[chosen])
 
 
-def draw(scans: Scans, N: int, generator: torch.Generator, sizes: Bands = SIZE_PX) -> Pictures:
+def draw(scans: Scans, N: int, generator: torch.Generator, sizes: Bands = SIZES) -> Pictures:
     """Draws ``N`` random pictures; the same generator state gives the same pictures."""
     count = torch.randint(1, SLOTS + 1, (N,), generator=generator)
     return draw_counts(scans, count, generator, sizes)
@@ -63,7 +64,7 @@ def draw_counts(
     scans: Scans,
     count: torch.Tensor,
     generator: torch.Generator,
-    sizes: Bands = SIZE_PX,
+    sizes: Bands = SIZES,
 ) -> Pictures:
     """Pictures of ``count[i]`` digits, 0 to SLOTS, of sides in ``sizes``."""
     present = torch.arange(SLOTS) < count[:, None]
@@ -71,7 +72,7 @@ def draw_counts(
 
 
 def draw_crowded(
-    scans: Scans, N: int, generator: torch.Generator, sizes: Bands = CROWDED
+    scans: Scans, N: int, generator: torch.Generator, sizes: Bands = SIZES
 ) -> Pictures:
     """Pictures full of digits in a loose grid, of 3×3 or of 2×2 if they are over 40 px: more writing per pixel to learn
     to see from. Each picture's sides are of one band."""

@@ -5,6 +5,7 @@ Sample i of a stream is a function of its seed and i, so a stream goes on anywhe
 and speakers that no training sample has.
 """
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +14,11 @@ from typing import Any
 import torch
 
 from mmkernels.train import digits, questions, speech
-from mmkernels.train.digits import BACKGROUND, Bands, Scans
+from mmkernels.train.digits import BACKGROUND, SIZES, Bands, Scans
 from mmkernels.train.sample import Ask, Asked, Sample
 from mmkernels.train.speech import Spoken
 
 FRAMES = 4
-SIZES: Bands = ((26.0, 33.0), (39.0, 46.0))  # sides of the digits that any stage has seen
-OTHER_SIZES: Bands = ((34.0, 38.0), (23.0, 25.0), (47.0, 50.0))  # held out: between, beyond
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SEED = 1_000_003
 
@@ -184,6 +183,7 @@ def sequence(
     return kind, rng.choice(wordings[kind]), answer
 
 
+@functools.cache
 def source(split: str, sizes: Bands = SIZES) -> Source:
     """The ``"train"`` or ``"heldout"`` scans and speakers."""
     return Source(digits.load_scans(split), speech.load_spoken(split), sizes)

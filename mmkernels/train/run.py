@@ -24,18 +24,18 @@ from typing import Any
 
 import torch
 
-from mmkernels.models import MMLLM, MMConfig, answer
+from mmkernels.models import MMLLM, MMConfig
 from mmkernels.models.config import read_fields
 from mmkernels.models.lora import with_lora
 from mmkernels.train import checkpoint
-from mmkernels.train.sample import AnswerLoss, Sample, features_of
+from mmkernels.train.evaluate import exact_match
+from mmkernels.train.sample import AnswerLoss, Sample
 from mmkernels.train.trainer import Schedule, Stream, Trainer, Training
 
 LEARNS = {
     "pt": ("projectors", "output_projector"),
     "it": ("projectors", "output_projector", "language_model"),
 }
-EXAM_BATCH = 64
 Streams = Callable[["RunConfig"], Stream[list[Sample]]]
 
 
@@ -126,18 +126,6 @@ def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     ]
     if changed:
         raise checkpoint.CheckpointError(f"{out}: stopped in another run ({'; '.join(changed)})")
-
-
-def exact_match(model: MMLLM, samples: Sequence[Sample]) -> float:
-    """Share of greedy answers that are the right text."""
-    right = 0
-    for at in range(0, len(samples), EXAM_BATCH):
-        batch = samples[at : at + EXAM_BATCH]
-        with torch.no_grad():
-            features = features_of(model, batch)
-        said = answer(model, [s.prompt for s in batch], features)
-        right += sum(a == s.answer for a, s in zip(said, batch, strict=True))
-    return right / max(1, len(samples))
 
 
 def start(config: RunConfig, out: Path) -> tuple[MMLLM, tuple[str, ...], Training | None]:

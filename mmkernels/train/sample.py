@@ -42,13 +42,19 @@ def features_of(model: MMLLM, samples: Sequence[Sample]) -> dict[str, Features]:
 
 
 def _seen(model: MMLLM, modality: str, items: Sequence[torch.Tensor | Features]) -> Features:
-    known = [x for x in items if isinstance(x, Features)]
-    if known:
-        seen = join(known)
-        return seen._replace(tokens=seen.tokens.to(model.language_model.lm_head.weight.dtype))
-    learns = any(p.requires_grad for p in model.encoder(modality).parameters())
-    with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-        return model.encode(modality, [x for x in items if isinstance(x, torch.Tensor)])
+    """Of media as they are, and of what an encoder has seen of others, in their order."""
+    parts = [x for x in items if isinstance(x, Features)]
+    new = [x for x in items if isinstance(x, torch.Tensor)]
+    if new or not parts:
+        learns = any(p.requires_grad for p in model.encoder(modality).parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            fresh = model.encode(modality, new)
+        if not parts:
+            return fresh
+        rows = iter(range(len(new)))
+        parts = [x if isinstance(x, Features) else select(fresh, [next(rows)]) for x in items]
+    seen = join(parts)
+    return seen._replace(tokens=seen.tokens.to(model.language_model.lm_head.weight.dtype))
 
 
 @torch.no_grad()

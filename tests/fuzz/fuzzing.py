@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -311,8 +312,9 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=int(os.environ.get("FUZZ_JOBS", os.cpu_count() or 1))
     )
+    parser.add_argument("--out", type=Path, help="keeps how many calls of each kind held")
     args = parser.parse_args()
-    failures = 0
+    failures, told = 0, list[str]()
     for op in [args.op] if args.op else OPS:
         module = module_of(op)
         kernel, reason = backends.chosen_kernel(op, "cpu")
@@ -320,7 +322,10 @@ def main() -> None:
             raise SystemExit(f"fuzz: {op} would run {kernel}: {reason}")
         for kind in [args.kind] if args.kind else module.KINDS:
             if args.seed is None:
-                failures += fuzz(op, kind, args.first, args.cases, args.jobs)
+                failed = fuzz(op, kind, args.first, args.cases, args.jobs)
+                failures += failed
+                last = args.first + args.cases - 1
+                told.append(f"{op} {kind}: seeds {args.first} to {last}, {failed} failed")
                 continue
             poison()
             letters = module.draw(random.Random(f"{op} {kind} {args.seed}"), kind)
@@ -328,6 +333,14 @@ def main() -> None:
             message = run_one(module, kind, args.seed)
             print(details(module, kind, args.seed, message) if message else "holds")
             failures += bool(message)
+    if args.out is not None:
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+        calls = args.cases * len(told)
+        head = (
+            f"{calls} random calls, {failures} failed, commit {commit}, torch {torch.__version__}"
+        )
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("\n".join((head, "", *told, "")))
     sys.exit(failures > 0)
 
 

@@ -56,7 +56,7 @@ def any_row(model: MMLLM, rng: random.Random) -> stages.Row:
 
 IMAGE = Recipe(
     config=MMConfig(),
-    steps={"vision": 1600, "language": 350, "pt": 350, "it": 550},
+    steps={"vision": 1300, "language": 350, "pt": 350, "it": 550},
     media={"image": 1.0},
     pool=6000,
     together={

@@ -285,6 +285,7 @@ def measured(name: str, dtype: str, rounds: int, compiled: bool) -> dict[str, An
     found: dict[str, Any] = {
         "model": name,
         "dtype": dtype,
+        "rounds": rounds,
         "report": str(patched).splitlines(),
         "times_s": {},
     }

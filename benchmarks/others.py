@@ -29,7 +29,8 @@ def model_rows(found: Found) -> Iterator[Row]:
 def model_table(found: Found) -> str:
     """Two lines a model, and which models are missing."""
     header = (
-        "model", "dtype", "", "× patched", "× calls of each part (eager ms)", "compiled", "eager ms", "peak MB (eager)",
+        "model", "dtype", "", "rounds", "× patched", "× calls of each part (eager ms)", "compiled", "eager ms",
+        "peak MB (eager)",
     )  # fmt: skip
     lines = [line for row in found for line in _model_lines(row)]
     names = {
@@ -37,13 +38,13 @@ def model_table(found: Found) -> str:
     }
     missing = [f"{n} {d}" for d, there in names.items() for n in CASES if n not in there]
     told = f"\n\nNot measured: {', '.join(missing)}." if missing else ""
-    return markdown(header, lines, 6) + told
+    return markdown(header, lines, 7) + told
 
 
 def _model_lines(row: dict[str, Any]) -> Iterator[list[str]]:
     head = [row["model"], row["dtype"]]
     if "failure" in row:
-        yield [*head, "", f"FAILED {row['failure']}", *[""] * 4]
+        yield [*head, "", "", f"FAILED {row['failure']}", *[""] * 4]
     for direction, speedup in row.get("speedup", {}).items():
         eager, peak = row["times_s"][direction]["eager"], row["peak_bytes"][direction]
         spread = (eager["p80"] - eager["p20"]) / eager["median"]
@@ -53,7 +54,7 @@ def _model_lines(row: dict[str, Any]) -> Iterator[list[str]]:
         )
         compiled = ", ".join(f"{n} {s:.2f}" for n, s in speedup.items() if "compile" in n)
         yield [
-            *head, direction, f"{speedup['patched']:.2f}", parts or "–", compiled or "–",
+            *head, direction, str(row["rounds"]), f"{speedup['patched']:.2f}", parts or "–", compiled or "–",
             f"{1e3 * eager['median']:.0f} ±{spread / 2:.0%}",
             f"{peak['patched'] / 1e6:.0f} ({peak['eager'] / 1e6:.0f})",
         ]  # fmt: skip

@@ -18,8 +18,9 @@ def main() -> None:
     if world > 1:
         handle = mmkernels.patch(model)
         assert handle.replaced
-        for layer in (*model.model.language_model.layers, *model.model.vision_tower.encoder.layers):
-            fully_shard(layer)
+        for layer in list(model.modules()):  # their place differs by release
+            if type(layer).__name__.endswith(("EncoderLayer", "DecoderLayer")):
+                fully_shard(layer)
         fully_shard(model)
         late = MODELS[0].build().double()
         fully_shard(late)

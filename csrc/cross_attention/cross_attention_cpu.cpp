@@ -93,7 +93,9 @@ void add_to(double* sum, const double* part, int64_t n) {
   for (int64_t i = 0; i < n; ++i) sum[i] += part[i];
 }
 template <class F>
-void widen_row(F* to, const F* from, int64_t n) { memcpy(to, from, n * sizeof(F)); }
+void widen_row(F* to, const F* from, int64_t n) {
+  if (n) memcpy(to, from, n * sizeof(F));  // of nothing the pointers may be null, which memcpy forbids
+}
 MMK_MULTIARCH void widen_row(float* to, const bf16* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
 }

@@ -165,14 +165,18 @@ class PagedLayer(CacheLayerMixin):
         )  # fmt: skip
         return out.view(B, m, Hq, d)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
+        """Of so many new tokens, or of their positions, as transformers up to 5.3 tells it."""
+        new = query_length if isinstance(query_length, int) else len(query_length)
+        return self.length + new, 0
 
     def get_seq_length(self) -> int:
         return self.length
 
     def get_max_length(self) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in earlier releases
 
 
 def attention(

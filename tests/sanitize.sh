@@ -75,6 +75,6 @@ if [ -z "${2:-}" ]; then
   mkdir -p "$root/tests/reports"
   {
     echo "AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer, $("$cxx" --version | head -1), commit $(git -C "$root" rev-parse HEAD)"
-    grep -E "^==|^fuzz .*: ([0-9]+)/\1 calls|passed|no report" "$build/out.txt"
+    grep -E "^==|^fuzz .*: ([0-9]+)/\1 calls|passed|no report" "$build/out.txt" | sed 's/, [0-9]* s$//' | uniq
   } >"$root/tests/reports/sanitize.txt"
 fi

@@ -17,14 +17,11 @@ BARE_GEMM = 1 / 1.1  # "at most 1.1 times the bare GEMM"
 PACKING = (
     "packs pixels and the weight at every call and writes tokens, which the bare GEMM does not"
 )
-STILL_GEMM = "the bare GEMM of the summed weight would itself be below the goal here (measured / share of it)"
-FEW_COLUMNS = "scores of few queries a head are thin products, far below the ceiling's square GEMM"
-NEW_MEMORY = (
-    "the output is new memory, which the system clears; the ceiling's copy goes to old memory"
+AT_CEILING = (
+    "at all of the ceiling's speed it would itself be below the goal here (measured / share of it)"
 )
-LOOP_COPIES = f"LLaVA's loop copies too: at all of the copy's speed it would be about half the goal; {NEW_MEMORY}"
-CALL = "microseconds: Python and the dispatcher are most of the call"
-FLOPS_STAY = "sharing saves bytes, not FLOPs, and fp32 is bound by them on two cores"
+NEW_MEMORY = "the output is new memory, the ceiling's copy goes to old memory"
+FLOPS_STAY = "sharing saves bytes, not FLOPs"
 SIXTEEN_BITS = "absorption computes 16-bit dtypes in fp32 on CPU (DESIGN.md, `cost.py`)"
 
 
@@ -126,7 +123,7 @@ GOALS = [
           bf16_why=PACKING),
     *asks("patch_embed from uint8", "patch_embed", UINT8, h200=2.2, over="compile"),
     *asks("patch_embed, Conv3d families, stills", "patch_embed", STILLS, fp32=5.5, bf16=5.5, h200=5, of_h200=0.75,
-          fp32_why=STILL_GEMM),
+          fp32_why=AT_CEILING),
     *asks("patch_embed, forward and backward", "patch_embed", EVERY, fp32=1.0, bf16=1.2, h200=2.5, of_h200=0.65,
           direction="fwdbwd"),
     *asks("audio patches, overlapping", "patch_embed", "ast_audio", fp32=1.3, bf16=1.5, h200=4.5, of_h200=0.8,
@@ -134,35 +131,33 @@ GOALS = [
     *asks("cross_attention: MAP head, 1 query", "cross_attention", "siglip_map_head", fp32=22, bf16=25, h200=12,
           of_h200=0.85, bf16_why=SIXTEEN_BITS),
     *asks("… BLIP-2 layer", "cross_attention", "blip2_layer", fp32=1.5, bf16=1.4, h200=1.8, of_h200=0.65,
-          fp32_why=FEW_COLUMNS, bf16_why=SIXTEEN_BITS),
+          bf16_why=SIXTEEN_BITS),
     *asks("… video Q-Former", "cross_attention", "video_qformer", fp32=1.95, bf16=1.85, h200=2.2, of_h200=0.65,
-          fp32_why=FEW_COLUMNS, bf16_why=SIXTEEN_BITS),
+          bf16_why=SIXTEEN_BITS),
     *asks("… speech windows, 3 queries", "cross_attention", "granite_window", fp32=2.5, bf16=2.5, h200=4, of_h200=0.7,
-          fp32_why=FEW_COLUMNS, bf16_why=SIXTEEN_BITS),
+          bf16_why=SIXTEEN_BITS),
     *asks("… MiniCPM-V resampler, folded", "resampler", "MiniCPM-V 2.6", fp32=4, bf16=4, h200=4.5, of_h200=0.72,
-          fp32_why=FEW_COLUMNS, bf16_why=SIXTEEN_BITS),
+          bf16_why=SIXTEEN_BITS),
     *asks("… Qwen-VL resampler, folded", "resampler", "Qwen-VL", fp32=2, bf16=2, h200=2.3, of_h200=0.72,
-          fp32_why=FEW_COLUMNS, bf16_why=SIXTEEN_BITS),
+          bf16_why=SIXTEEN_BITS),
     *asks("… forward and backward, frozen encoder, BLIP-2", "cross_attention", "blip2_layer", fp32=1.4, bf16=1.4,
-          h200=1.8, direction="fwdbwd", frozen="context", fp32_why=FEW_COLUMNS, bf16_why=SIXTEEN_BITS),
+          h200=1.8, direction="fwdbwd", frozen="context", bf16_why=SIXTEEN_BITS),
     *told_by_none("… forward and backward, frozen encoder, BLIP-2", "≥ 5 × less saved state"),
     *asks("merge_embeddings", "merge_embeddings", TEXTS, fp32=8, bf16=8, h200=7, of_h200=0.88,
           fp32_why=NEW_MEMORY, bf16_why=NEW_MEMORY),
     *asks("merge_embeddings, forward and backward", "merge_embeddings", TEXTS, fp32=5, bf16=5, h200=6,
-          direction="fwdbwd", fp32_why=NEW_MEMORY),
+          direction="fwdbwd"),
     *asks("pack_embeddings", "pack_embeddings", TEXTS, fp32=8, bf16=8, h200=7, of_h200=0.88,
-          fp32_why=LOOP_COPIES, bf16_why=LOOP_COPIES),
+          fp32_why=AT_CEILING, bf16_why=AT_CEILING),
     *asks("pack_embeddings, forward and backward", "pack_embeddings", TEXTS, fp32=5, bf16=5, h200=6,
           direction="fwdbwd"),
     *told_by_none("merge and pack", "0 syncs"),
     *asks("mrope_positions over `get_rope_index`", "mrope_positions",
-          "qwen2_vl_64_images,qwen2_5_vl_video,qwen3_vl_video", fp32=50, h200=100, dtype="int64",
-          fp32_why=CALL),
+          "qwen2_vl_64_images,qwen2_5_vl_video,qwen3_vl_video", fp32=50, h200=100, dtype="int64"),
     *told_by_none("mrope_positions", "one launch"),
     *asks("rope_write_kv, prefill", "rope_write_kv",
           "qwen2_5_vl_7b_prefill,qwen3_vl_8b_prefill,qwen2_5_vl_7b_prefill_int8", fp32=4, bf16=4, h200=4, of_h200=0.85),
-    *asks("rope_write_kv, decode", "rope_write_kv", "qwen2_5_vl_7b_decode,qwen3_vl_8b_decode", fp32=6, bf16=6, h200=8,
-          fp32_why=CALL),
+    *asks("rope_write_kv, decode", "rope_write_kv", "qwen2_5_vl_7b_decode,qwen3_vl_8b_decode", fp32=6, bf16=6, h200=8),
     *told_by_none("rope_write_kv, decode", "one launch"),
     *asks("paged_attention, 16 questions on a prefix of 2,048, over our kernel without sharing", "paged_attention",
           "decode_qwen2_7b_16_questions", fp32=4, bf16=4, h200=4, over="library",

@@ -116,7 +116,8 @@ def _demo_full(out: Path, scale: float) -> int:
     run = pipeline.start(recipes.FULL)
     pipeline.train(run, tuple(recipes.FULL.steps), out, scale)
     found = evaluate.examine(run.model, max(8, round(evaluate.EXAM * min(1.0, scale))))
-    found["before it"] = {"text": run.text_before or 0.0}
+    assert run.text_before is not None  # the recipe has text
+    found["before it"] = {"text": run.text_before}
     print(evaluate.table(found))
     pictures, asked = evaluate.draw_digits(run.model, max(2, round(20 * min(1.0, scale))))
     verdict = recognise.evaluate(

@@ -69,12 +69,13 @@ checks() {
   TSAN_OPTIONS=halt_on_error=1:exitcode=99 "$build/races"
   echo "sanitize: no report"
 }
+commit=$(git -C "$root" rev-parse HEAD)
 checks | tee "$build/out.txt"
 
 if [ -z "${2:-}" ]; then
   mkdir -p "$root/tests/reports"
   {
-    echo "AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer, $("$cxx" --version | head -1), commit $(git -C "$root" rev-parse HEAD)"
+    echo "AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer, $("$cxx" --version | head -1), commit $commit"
     grep -E "^==|^fuzz .*: ([0-9]+)/\1 calls|passed|no report" "$build/out.txt" | sed 's/, [0-9]* s$//' | uniq
   } >"$root/tests/reports/sanitize.txt"
 fi

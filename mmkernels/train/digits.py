@@ -54,10 +54,10 @@ def load_scans(split: str) -> Scans:
     return Scans(images[chosen], labels[chosen])
 
 
-def draw(scans: Scans, N: int, generator: torch.Generator, sizes: Bands = SIZES) -> Pictures:
+def draw(scans: Scans, N: int, generator: torch.Generator) -> Pictures:
     """Draws ``N`` random pictures; the same generator state gives the same pictures."""
     count = torch.randint(1, SLOTS + 1, (N,), generator=generator)
-    return draw_counts(scans, count, generator, sizes)
+    return draw_counts(scans, count, generator)
 
 
 def draw_counts(
@@ -71,12 +71,10 @@ def draw_counts(
     return _render(scans, present, *_place(present, generator, sizes), generator)
 
 
-def draw_crowded(
-    scans: Scans, N: int, generator: torch.Generator, sizes: Bands = SIZES
-) -> Pictures:
+def draw_crowded(scans: Scans, N: int, generator: torch.Generator) -> Pictures:
     """Pictures full of digits in a loose grid, of 3×3 or of 2×2 if they are over 40 px: more writing per pixel to learn
     to see from. Each picture's sides are of one band."""
-    low, high = torch.tensor(sizes)[torch.randint(len(sizes), (N,), generator=generator)].T
+    low, high = torch.tensor(SIZES)[torch.randint(len(SIZES), (N,), generator=generator)].T
     across = torch.where(high > 40, 2, 3)[:, None]
     slot = torch.arange(9)
     present = (torch.rand(N, 9, generator=generator) < 0.9) & (slot < across**2)

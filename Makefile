@@ -5,6 +5,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 TORCH ?= torch==2.13.0
+OTHER_PYTHON ?= $(firstword $(wildcard /usr/bin/python3.1[2-9] $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3))
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
@@ -76,9 +77,11 @@ sanitize: install
 mutants: install
 	$(PY) tests/mutants.py --out tests/reports/mutants.txt
 
-# The wheel under another torch, in an environment of its own (gigabytes; never in CI).
+# The wheel under the oldest and the newest torch and another Python, in environments of their own (10 GB; never in CI).
 check-torch: install
-	tests/check_torch.sh "$(PY)" torch==2.11.0
+	rm -f tests/reports/torch.txt
+	tests/check_torch.sh "$(PY)" torch==2.11.0 "$(PY)" tests/reports/torch.txt
+	tests/check_torch.sh "$(PY)" torch "$(OTHER_PYTHON)" tests/reports/torch.txt
 
 # The oldest transformers whose get_rope_index takes mm_token_type_ids.
 check-transformers: install

@@ -108,7 +108,7 @@ def patch_embed(
         check_positions([len(p) for p in positions], source, layout, R)
     tokens: torch.Tensor = arguments.reworded(
         FORWARD, [values], conv, bias, positions, prefix_tokens, grid_thw, scale, shift,
-        *vars(layout).values(),
+        *layout.arguments(),
     )  # fmt: skip
     if pixel_values.dim() == 2:
         return tokens

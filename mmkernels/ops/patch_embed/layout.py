@@ -32,6 +32,13 @@ class Layout:
     align_corners: bool
     antialias: bool
 
+    def arguments(self) -> tuple[list[int], list[int], str, int, bool, str, bool, bool]:
+        """By name: Dynamo of torch 2.11 cannot trace ``vars``."""
+        return (
+            self.stride, self.sizes, self.edge, self.merge_size, self.prefix_last, self.position_mode,
+            self.align_corners, self.antialias,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Source:

@@ -195,7 +195,7 @@ def _host_table(
 ) -> torch.Tensor:
     """``[images, 16]`` int64 on the CPU, by the native library where there is one."""
     if hasattr(torch.ops.mmkernels, "patch_embed_table") and weight.device.type != "meta":
-        return torch.ops.mmkernels.patch_embed_table(weight, images, R, *vars(layout).values())
+        return torch.ops.mmkernels.patch_embed_table(weight, images, R, *layout.arguments())
     found = sources(images, weight.shape[1:], layout, None)
     # A batch among several is as many images.
     each = [(s.pixels[b], s.grid) for s in found for b in range(s.count) if s.pixels is not None]

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "../common/aten.h"
-#include "../patch_merge/patch_merge.h"
+#include "../common/sum.h"
 #include "arguments.h"
 
 namespace mmkernels::rope {
@@ -51,34 +51,12 @@ MMK_INLINE void head_body(T* __restrict out, const T* __restrict in, int64_t d, 
   for (int64_t c = 2 * t.pairs.count; c < d; ++c) out[c] = in[c];
 }
 
-// Sums of 512 in lanes and a tree, of more than one such in double.
-template <class F>
-MMK_INLINE double sum_of_squares(const F* __restrict x, int64_t n) {
-  constexpr int64_t kLanes = 64 / sizeof(F), kPart = 512;
-  double sum = 0;
-  int64_t i = 0;
-  while (i + kLanes <= n) {
-    typename patch_merge::Vector<F>::type squares = {};
-    for (const int64_t end = min64(n, i + kPart); i + kLanes <= end; i += kLanes)
-      squares += patch_merge::load(x + i) * patch_merge::load(x + i);
-    F lane[kLanes];
-    memcpy(lane, &squares, sizeof lane);
-#pragma GCC unroll 8
-    for (int64_t w = kLanes / 2; w > 0; w /= 2)
-#pragma GCC unroll 8
-      for (int64_t l = 0; l < w; ++l) lane[l] += lane[l + w];
-    sum += lane[0];
-  }
-  for (; i < n; ++i) sum += x[i] * x[i];
-  return sum;
-}
-
 // One head that is normed (with a weight) or wanted unrounded too (in y, if there is one).
 template <class T, class F = acc_t<T>>
 MMK_INLINE void wide_head_body(T* __restrict out, F* __restrict y, F* __restrict x, const T* __restrict in, int64_t d,
                                const Rotation<F>& t, const F* __restrict weight, double eps) {
   for (int64_t c = 0; c < d; ++c) x[c] = widen(in[c]);
-  const F r = weight ? 1 / std::sqrt(static_cast<F>(sum_of_squares(x, d) / d + eps)) : F(1);
+  const F r = weight ? 1 / std::sqrt(static_cast<F>(sum_of<F>(d, Product<F>{x, x}) / d + eps)) : F(1);
   const auto normed = [=](int64_t c) { return x[c] * r * weight[c]; };
   const auto both = [=](int64_t c, F value) { y[c] = value, out[c] = Convert<T>::from(value); };
   if (y && weight) turn_all(t, d, normed, both);

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -101,11 +102,34 @@ def test_doctor_finds_a_wrong_kernel(
     assert "WRONG" in capsys.readouterr().out
 
 
-def test_without_a_compiler_the_wheel_is_pure_python_and_knows_why(tmp_path: Path) -> None:
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
+def sources(folder: Path) -> None:
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "CMakeLists.txt",
+        "MANIFEST.in",
+        "LICENSE",
+        "README.md",
+    ):
+        shutil.copy(ROOT / name, folder)
     ignore = shutil.ignore_patterns("_C.so", "_build_info.json", "__pycache__")
-    shutil.copytree(ROOT / "mmkernels", tmp_path / "mmkernels", ignore=ignore)
+    shutil.copytree(ROOT / "mmkernels", folder / "mmkernels", ignore=ignore)
+
+
+def test_the_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
+    sources(tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    make = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
+    (made,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = [tmp_path / "CMakeLists.txt", *(tmp_path / "csrc").rglob("*.*")]
+    assert {str(path.relative_to(tmp_path)) for path in needed} <= names
+
+
+def test_without_a_compiler_the_wheel_is_pure_python_and_knows_why(tmp_path: Path) -> None:
+    sources(tmp_path)
     build = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", "wheels"]
     environment = {"PATH": "/nowhere", "HOME": str(tmp_path)}
     done = subprocess.run(build, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -39,6 +39,8 @@ COMMANDS: dict[str, str | tuple[str, str]] = {
     "make sanitize": ("Makefile", "full: .*sanitize"),
     "make fuzz sanitize": ("Makefile", "full: .*fuzz sanitize"),
     "make check-torch": "5 GB of another torch; by hand before a release",
+    "python -m build": "by hand before a release; tests/test_backends.py makes both distributions",
+    "python -m benchmarks.compare": ("tests/test_pages.py", "benchmarks.compare A.json B.json"),
     "make gpu-check": "needs a GPU",
     "mmkernels info": HERE,
     "mmkernels doctor": HERE,

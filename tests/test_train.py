@@ -18,7 +18,7 @@ from mmkernels.train.checkpoint import CheckpointError
 from mmkernels.train.pool import Pool, seen_once, train_together
 from mmkernels.train.questions import Scene
 from mmkernels.train.recipes import IMAGE
-from mmkernels.train.sample import Ask, encoded, features_of
+from mmkernels.train.sample import Ask, Sample, encoded, features_of
 
 TINY = tiny_config(64, queries=4, qformer_layers=1, decoder_layers=2)
 
@@ -153,6 +153,14 @@ def test_memorises_a_tiny_set_and_needs_the_picture(model: MMLLM) -> None:
     assert len(set(evaluate.answer(model, evaluate.blind(asked)))) == 1  # the text is the same
     others = [s.answer for s in (*asked[1:], asked[0])]
     assert evaluate.answer(model, evaluate.shuffled(asked)) == others
+
+
+def test_scores_are_of_each_kind() -> None:
+    asked = [Sample(kind, "?", "yes") for kind in ("few", "many", "many", "many")]
+    found = {"kernels": evaluate.Answered(asked, ["no", "yes", "no", "yes"], 1.0)}
+    told = {"many (3)": 2 / 3, "few (1)": 0.0, "all 4 questions": 0.5}
+    assert evaluate.by_kind(found) == {"kernels": told}
+    assert list(evaluate.by_kind(found)["kernels"]) == list(told)  # the commonest first
 
 
 def test_what_is_seen_and_what_is_not_keep_their_order(model: MMLLM) -> None:

@@ -309,6 +309,23 @@ def test_autocast(op: str, dtype: torch.dtype) -> None:
     assert all(t.dtype == torch.float32 for n, t in got.items() if n != "out")
 
 
+@pytest.mark.parametrize(("cases", "case"), tagged("gradcheck"))
+def test_a_backward_under_autocast_is_that_of_its_forward(cases: ModuleType, case: Case) -> None:
+    """``loss.backward()`` inside the region, the forward outside. torch's own matmul, of key tables, casts there."""
+    if case.name == "key_table":
+        pytest.skip("its scores of positions are torch's matmul")
+    inputs = cases.make_inputs(case, torch.float32)
+    expected, grad = result(cases, inputs)
+
+    @torch.autocast("cpu", enabled=False)
+    def forward(inputs: Inputs) -> torch.Tensor:
+        return cases.run(inputs)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(forward, inputs, grad=grad)
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
+
+
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_activation_checkpointing_and_inference_mode(op: str) -> None:
     from torch.utils.checkpoint import checkpoint

@@ -178,7 +178,7 @@ torch.set_num_threads(1)
 from test_training import start, trainer_of
 from mmkernels.train import checkpoint
 model, out = start(), Path({out!r})
-trainer = trainer_of(model, steps=400, accumulate=1)
+trainer = trainer_of(model, steps=100_000, accumulate=1)  # more than any number of kills lets it do
 if (out / "manifest.json").exists():
     loaded = checkpoint.load(out)
     model.load_state_dict(loaded.model.state_dict())
@@ -199,7 +199,9 @@ def killed_at_random_times(out: Path, times: int) -> None:
             text=True,
         )
         assert child.stdout is not None
-        said = int(child.stdout.readline())  # the first step is saved
+        first = child.stdout.readline()  # the first step is saved
+        assert first, f"it ended by itself after {done} steps, exit code {child.wait()}"
+        said = int(first)
         time.sleep(rng.random() * 0.5)
         child.send_signal(signal.SIGKILL)
         said = max([said, *(int(line) for line in child.stdout if line.endswith("\n"))])

@@ -174,13 +174,13 @@ def verdicts(cpu: Rows, h200: Rows) -> list[Verdict]:
     return [judged(goal, cpu if goal.column.startswith("CPU") else h200) for goal in GOALS]
 
 
-def table(found: Sequence[Verdict]) -> str:
-    """A line a goal."""
+def table(found: Sequence[Verdict], reasons: Mapping[tuple[str, ...], str]) -> str:
+    """A line a goal. Why it is missed: from DESIGN.md, or as measured (``reasons``, by the key of a row)."""
     header = ("goal", "where", "asked", "measured", "", "of ceiling", "why missed")
-    return markdown(header, [_line(v) for v in found], 7)
+    return markdown(header, [_line(v, reasons) for v in found], 7)
 
 
-def _line(verdict: Verdict) -> list[str]:
+def _line(verdict: Verdict, reasons: Mapping[tuple[str, ...], str]) -> list[str]:
     goal, worst = verdict.goal, verdict.worst
     head = [goal.what, goal.column, goal.asked()]
     if worst is None:
@@ -196,7 +196,9 @@ def _line(verdict: Verdict) -> list[str]:
         measured = f"FAILED {worst.case}"
     share = f"{worst.fraction:.0%} {worst.ceiling}" if worst.fraction is not None else "–"
     by = "" if verdict.met else f" by {_percent(1 - least / goal.least)}"
-    return [*head, measured, verdict.word + by, share, goal.why if not verdict.met else ""]
+    key = (worst.op, worst.case, worst.dtype, worst.direction, worst.frozen)
+    why = "" if verdict.met else goal.why or reasons.get(key, "")
+    return [*head, measured, verdict.word + by, share, why]
 
 
 def _percent(share: float) -> str:

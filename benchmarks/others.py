@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the other measurements wrote: models, end to end, resamplers, numbers of queries. Each as rows, which are
-counted, judged and drawn beside those of ``benchmarks.run``, and as a table of its own.
+"""What the other measurements wrote: models, end to end, resamplers, numbers of queries and of images, reasons. Each as
+rows, which are counted, judged and drawn beside those of ``benchmarks.run``, and as a table of its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks import reasons
 from benchmarks.models import CASES, PARTS
 from benchmarks.record import Row
 from benchmarks.tables import markdown, ms
@@ -118,6 +119,31 @@ def queries_table(found: Found) -> str:
     return f"{told}\n\n{markdown(header, cells, 3)}"
 
 
+def batches_table(found: Found) -> str:
+    """A column a number of images: ours, and how many times as fast as eager."""
+    numbers = sorted({point["B"] for point in found})
+    lines: dict[tuple[str, ...], dict[int, str]] = {}
+    for p in found:
+        told = f"{ms(p['ours']['median'])} ({p['speedup']:.2f})"
+        lines.setdefault((p["op"], p["case"], p["dtype"]), {})[p["B"]] = told
+    header = ("op", "case", "dtype", *(f"{n} images" for n in numbers))
+    cells = [[*key, *(line.get(n, "–") for n in numbers)] for key, line in lines.items()]
+    return f"Milliseconds of a call (× eager).\n\n{markdown(header, cells, 3)}"
+
+
+def reasons_table(found: Found) -> str:
+    header = ("op", "case", "dtype", "", "measured here")
+    lines = [
+        [r["op"], r["case"] + (f" ({r['frozen']} frozen)" if r["frozen"] else ""), r["dtype"], r["direction"],
+         reasons.said(r)] for r in found
+    ]  # fmt: skip
+    return markdown(header, lines, 5)
+
+
+def no_rows(found: Found) -> Iterator[Row]:
+    return iter(())
+
+
 class Kind(NamedTuple):
     rows: Callable[[Found], Iterator[Row]]
     table: Callable[[Found], str]
@@ -127,5 +153,7 @@ KINDS = {  # by the name of the JSON file
     "models": Kind(model_rows, model_table),
     "end_to_end": Kind(end_to_end_rows, end_to_end_table),
     "resampler": Kind(resampler_rows, resampler_table),
-    "queries": Kind(lambda found: iter(()), queries_table),
+    "queries": Kind(no_rows, queries_table),
+    "batches": Kind(no_rows, batches_table),
+    "reasons": Kind(no_rows, reasons_table),
 }

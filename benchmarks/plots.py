@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a device's results, as SVG beside the JSON: speed-ups, roofline, time against queries.
+"""Pictures of a device's results, as SVG beside the JSON: speed-ups, roofline, time against queries and
+images.
 
 The same numbers give the same bytes: no date, ids from a fixed salt, letters as text.
 """
@@ -30,7 +31,10 @@ Draw = Callable[[], Any]
 def of(device: Device) -> dict[str, Draw]:
     """The pictures there are numbers for, by name."""
     rows = [row for row in device.rows if not row.failure]
-    points = [p for file in device.files if file.path.stem == "queries" for p in file.found]
+    points, images = (
+        [p for file in device.files if file.path.stem == stem for p in file.found]
+        for stem in ("queries", "batches")
+    )
     compared = [row for row in rows if "eager" in row.speedup]
     found: dict[str, Draw] = {}
     if compared:
@@ -39,6 +43,8 @@ def of(device: Device) -> dict[str, Draw]:
         found["roofline"] = lambda: roofline([row for row in rows if row.fraction is not None])
     if points:
         found["queries"] = lambda: queries(points)
+    if images:
+        found["batches"] = lambda: batches(images)
     return found
 
 
@@ -156,3 +162,24 @@ def _panel(axis: Any, points: Sequence[dict[str, Any]]) -> None:
     axis.set(xscale="log", yscale="log")
     axis.set_xticks(numbers, [str(q) for q in numbers])
     axis.minorticks_off()
+
+
+def batches(points: Sequence[dict[str, Any]]) -> Any:
+    """A panel a case and dtype: milliseconds an image against the images of a call."""
+    names = list(dict.fromkeys((p["op"], p["case"]) for p in points))
+    figure, axes = pyplot.subplots(2, len(names), figsize=(2.6 * len(names), 5), squeeze=False)
+    for i, dtype in enumerate(DTYPES):
+        for j, (op, case) in enumerate(names):
+            here = [p for p in points if (p["op"], p["case"], p["dtype"]) == (op, case, dtype)]
+            numbers = [p["B"] for p in here]
+            for name, colour in (("ours", WON), ("eager", "tab:orange")):
+                times = [1e3 * p[name]["median"] / p["B"] for p in here]
+                axes[i][j].plot(numbers, times, "o-", markersize=3, color=colour, label=name)
+            axes[i][j].set(
+                title=f"{op}\n{case}, {dtype}", xlabel="images", xscale="log", ylim=(0, None)
+            )
+            axes[i][j].set_xticks(numbers, [str(n) for n in numbers])
+            axes[i][j].minorticks_off()
+        axes[i][0].set(ylabel="ms an image")
+    axes[0][0].legend()
+    return figure

@@ -81,13 +81,18 @@ def between(page: str, name: str, text: str) -> str:
     return f"{page.split(start)[0]}{start}\n{text}\n{end}{page.split(end)[1]}"
 
 
-def _benchmarks(devices: Sequence[Device], verdicts: Sequence[goals.Verdict]) -> str:
+def _benchmarks(devices: list[Device], verdicts: Sequence[goals.Verdict]) -> str:
     """Goals, then a section a device."""
-    parts = [HEAD, f"## Goals\n\n{ASKED} {_counted(verdicts)}", goals.table(verdicts)]
+    parts = [
+        HEAD,
+        f"## Goals\n\n{ASKED} {_counted(verdicts)}",
+        goals.table(verdicts, stored.reasons(devices)),
+    ]
     parts += map(_device, devices)
     if not any(row.device == "cuda" for device in devices for row in device.rows):
         parts.append("## GPU\n\nNot measured.")
-    parts.append("## Batch scaling\n\nNot measured.")
+    if not any(file.path.stem == "batches" for device in devices for file in device.files):
+        parts.append("## Batch scaling\n\nNot measured.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -132,6 +137,8 @@ def _readme(devices: Sequence[Device], cpu: Newest, verdicts: Sequence[goals.Ver
               for what in ("ms", "× eager", "× library")))  # fmt: skip
     lines = [[*key, *_times(cpu, key, "fp32"), *_times(cpu, key, "bf16")] for key in HEADLINES]
     files = [file for _, file in cpu.values()]
+    if not files:
+        return "Not measured on a CPU with AMX. All rows: [docs/benchmarks.md](docs/benchmarks.md)."
     models = sorted({file.run.machine["cpu_family_model"] for file in files})
     dates = sorted(file.run.date[:10] for file in files)
     torches = sorted({str(file.run.versions["torch"]) for file in files})

@@ -52,22 +52,28 @@ class Eager(nn.Module):
         return layer.ln_post(out) @ layer.proj if layer.post else out
 
 
-@torch.inference_mode()
-def measure(name: str, dtype: str, rounds: int) -> dict[str, Any]:
-    """One row: times and how far each is from the layer in fp64."""
+def calls_of(name: str, dtype: str) -> tuple[dict[str, Callable[[], object]], torch.Tensor]:
+    """The layer in three ways, and its output in fp64."""
     sizes, grid, B = LAYERS[name]
     torch.manual_seed(0)
-    layer, folded = (Resampler(**sizes).eval() for _ in range(2))
+    layer, folded = (Resampler(**sizes).eval().requires_grad_(False) for _ in range(2))
     folded.load_state_dict(layer.state_dict())
     features = torch.randn(B, grid[0] * grid[1], sizes["kv_dim"])
     exact = Eager(layer.double())(features.to(DTYPES[dtype]).double(), grid)
     layer, folded = layer.to(DTYPES[dtype]), folded.to(DTYPES[dtype]).fold()
     features = features.to(DTYPES[dtype])
-    calls: dict[str, Callable[[], object]] = {
+    return {
         "eager": lambda: Eager(layer)(features, grid),
         "unfolded": lambda: layer(features, grid),
         "folded": lambda: folded(features, grid),
-    }
+    }, exact
+
+
+@torch.inference_mode()
+def measure(name: str, dtype: str, rounds: int) -> dict[str, Any]:
+    """One row: times and how far each is from the layer in fp64."""
+    _, grid, B = LAYERS[name]
+    calls, exact = calls_of(name, dtype)
     row: dict[str, Any] = {"layer": name, "dtype": dtype, "images": B, "tokens": grid[0] * grid[1]}
     times = timing.measure(calls, "cpu", rounds)
     for variant, t in times.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.others import KINDS
+from benchmarks.reasons import KEYS, said
 from benchmarks.record import Row, Run
 from benchmarks.tables import HEADER, cells, markdown
 
@@ -69,6 +70,16 @@ def chosen(
         if wanted(file.run, row):
             newest[row.op, row.case, row.dtype, row.direction, row.frozen] = row, file
     return newest
+
+
+def reasons(found: list[Device]) -> dict[tuple[str, ...], str]:
+    """What ``benchmarks.reasons`` found, the newest of each row, with the machine."""
+    files = [(f.run.date, d.name, f) for d in found for f in d.files if f.path.stem == "reasons"]
+    return {
+        tuple(row[k] for k in KEYS): f"{said(row)} ({name})"
+        for _, name, file in sorted(files, key=lambda each: each[:2])
+        for row in file.found
+    }
 
 
 def _by_date(found: list[Device]) -> Iterator[tuple[Row, File]]:

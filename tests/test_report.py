@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import end_to_end, goals, plots, record, report, resampler, rows, stored
+from benchmarks import (
+    batches,
+    end_to_end,
+    goals,
+    plots,
+    reasons,
+    record,
+    report,
+    resampler,
+    rows,
+    stored,
+)
 from benchmarks.goals import GOALS, Goal, judged
 from benchmarks.record import Row
 from mmkernels import OPS
@@ -41,6 +52,15 @@ def test_another_number_makes_other_pages(results: Path) -> None:
         assert "0.43" in changed[report.ROOT / page] != before[report.ROOT / page]
     lost = "- merge_embeddings llava_7b fp32 fwd: 0.43 × eager, 131% more time"
     assert lost in changed[report.ROOT / "docs" / "benchmarks.md"]
+
+
+def test_pages_of_another_machine_alone(results: Path) -> None:
+    for folder in results.iterdir():
+        if folder.name != "cpu-amd-epyc-zen4":
+            shutil.rmtree(folder)
+    made = report.pages(results)
+    assert "Not measured on a CPU with AMX." in made[report.ROOT / "README.md"]
+    assert "## cpu-amd-epyc-zen4" in made[report.ROOT / "docs" / "benchmarks.md"]
 
 
 def test_models_of_the_fine_tuners_page(results: Path) -> None:
@@ -96,7 +116,7 @@ def test_the_slowest_row_judges_a_goal() -> None:
 
     def verdict(*rows: Row) -> str:
         found = judged(goal, {(r.op, r.case, r.dtype, r.direction, r.frozen): r for r in rows})
-        return goals.table([found]).splitlines()[-1]
+        return goals.table([found], {}).splitlines()[-1]
 
     def row(case: str, speedup: float, fraction: float | None = None) -> Row:
         return Row("o", case, "fp32", "", "cpu", speedup={"eager": speedup}, fraction=fraction)
@@ -110,6 +130,38 @@ def test_the_slowest_row_judges_a_goal() -> None:
     assert "| met |" in verdict(row("a", 0.9, 0.95))  # the bare GEMM alone is slower than eager
     assert "| missed by 53% |" in verdict(row("a", 0.94, 0.92))
     assert "FAILED a" in verdict(Row("o", "a", "fp32", "", "cpu", failure="wrong"), row("b", 3.0))
+
+
+def test_a_missed_goal_tells_what_was_measured(results: Path) -> None:
+    head = {"op": "o", "case": "a", "dtype": "fp32", "direction": "", "frozen": ""}
+    part = {**head, "kind": "part", "part": "reading", "share": 0.25}
+    both = {"ours": {"flops": 1e9, "median": 1.0}, "eager": {"flops": 2e9, "median": 1.0}}
+    flops = {**head, "kind": "FLOPs", "gemm_flops_per_s": 4e9, **both}
+    assert reasons.said(part) == "reading takes 25% of it"
+    assert "2.00 × fewer FLOPs, at 25% of a GEMM's speed, eager's at 50%" in reasons.said(flops)
+    told = stored.reasons(stored.devices(results))
+    goal = Goal("g", "CPU fp32", 2.0, op="o", cases=("a",), dtype="fp32")
+    for speedup, shown in ((1.0, True), (3.0, False)):
+        row = Row("o", "a", "fp32", "", "cpu", speedup={"eager": speedup})
+        line = goals.table([judged(goal, {tuple(head.values()): row})], {tuple(head.values()): "!"})
+        assert line.endswith("| ! |") == shown
+    missed = [v for v in goals.verdicts(report._rows(stored.chosen(stored.devices(results), stored.on_amx)), {})
+              if v.word == "missed"]  # fmt: skip
+    for v in missed:
+        assert v.worst is not None
+        key = (v.worst.op, v.worst.case, v.worst.dtype, v.worst.direction, v.worst.frozen)
+        assert v.goal.why or key in told, v.goal
+
+
+def test_time_against_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "CASES", (("patch_merge", "internvl"),))
+    path = tmp_path / "device" / "batches.json"
+    path.parent.mkdir()
+    assert batches.main([str(path), "--rounds", "1", "--numbers", "1", "2"]) == 0
+    (device,) = stored.devices(tmp_path)
+    assert [p["B"] for p in device.files[0].found] == [1, 2, 1, 2]
+    assert "| patch_merge | internvl | fp32 |" in device.files[0].table
+    assert list(plots.of(device)) == ["batches"]
 
 
 def test_only_an_h200_judges_the_goals_of_an_h200(results: Path) -> None:
@@ -129,7 +181,7 @@ def test_every_picture_is_there_and_can_be_drawn_again(tmp_path: Path) -> None:
     smallest = {}
     for device in sorted(devices, key=lambda d: -len(d.rows)):
         smallest |= plots.of(device)
-    assert set(smallest) == {"speedups", "roofline", "queries"}
+    assert set(smallest) == {"speedups", "roofline", "queries", "batches"}
     for name, draw in smallest.items():
         for path in (tmp_path / "once.svg", tmp_path / "again.svg"):
             plots.write(draw, path)

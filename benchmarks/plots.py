@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a device's results, as SVG beside the JSON: speed-ups, roofline, time against queries and
-images.
+"""Pictures of a device's results, as SVG beside the JSON: speed-ups, roofline, time against queries and images.
 
 The same numbers give the same bytes: no date, ids from a fixed salt, letters as text.
 """

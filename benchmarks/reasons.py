@@ -31,9 +31,8 @@ ABSORBED = (  # case, direction, frozen
     ("granite_window", "fwd", ""),
     ("blip2_layer", "fwdbwd", "context"),
 )
-SMALL: dict[
-    tuple[str, str], dict[str, Any]
-] = {  # the same call on nearly nothing: what it costs whatever its size
+# The same call on nearly nothing: what it costs whatever its size.
+SMALL: dict[tuple[str, str], dict[str, Any]] = {
     ("rope_write_kv", "qwen3_vl_8b_decode"): {"T": 1},
     ("mrope_positions", "qwen2_5_vl_video"): {"B": 1, "images": (), "videos": (), "gap": 1},
 }

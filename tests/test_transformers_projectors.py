@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Projectors against transformers' own modules, tiny and with random weights: output and all gradients.
 
-In fp64 within 1e-9 of the largest value. In fp32 and bf16 output and gradients are at most 1.5 times as far from the
-truth as transformers' module in that dtype, or one ulp of the largest value: TOLERANCES.md. The mean square, 1.1 times,
-is not held to: of outputs this small it is a lottery.
+In fp64 within 1e-9 of the largest value. In fp32 and bf16 output and gradients are at most 1.4 times as far from the
+truth as transformers' module in that dtype, or one ulp of the largest value, by the median of five draws
+(TOLERANCES.md). The mean square, 1.1 times, is not held to: of outputs this small it is a lottery.
 """
 
 import contextlib
+import statistics
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ from projector_families import FAMILIES
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-def check(family: Family, dtype: torch.dtype) -> list[str]:
-    """What is out of bounds."""
-    module, features = made(family, dtype)
+def ratios(family: Family, dtype: torch.dtype, seed: int) -> dict[str, float]:
+    """Error over bound of the output and every gradient, of one draw of parameters and features."""
+    module, features = made(family, dtype, seed)
     out = family.ours(module, features)
     grad = yardstick.upstream(out.reshape(-1, out.shape[-1]))
     with InFp64() if dtype == torch.float64 else contextlib.nullcontext():
@@ -35,13 +36,21 @@ def check(family: Family, dtype: torch.dtype) -> list[str]:
     if dtype == torch.float64:
         bounds = {n: 1e-9 * t.abs().max().clamp(min=1e-3) for n, t in expected.items()}
     else:
-        theirs = errors_of_transformers(family, module, features, grad)
+        theirs = errors_of_transformers(family, module, features, grad, scalings=4)
         bounds = {
-            n: torch.maximum(1.5 * theirs[n], yardstick.ulp(t.abs().max(), dtype))
+            n: torch.maximum(1.4 * theirs[n], yardstick.ulp(t.abs().max(), dtype))
             for n, t in expected.items()
         }
-    compared = [yardstick.compare(n, got[n], expected[n], bounds[n]) for n in expected]
-    return [str(c) for c in compared if not c.ratio <= 1]
+    return {n: yardstick.compare(n, got[n], t, bounds[n]).ratio for n, t in expected.items()}
+
+
+def check(family: Family, dtype: torch.dtype) -> list[str]:
+    """What is out of bounds: by the median of five draws."""
+    drawn = [ratios(family, dtype, seed) for seed in range(1 if dtype == torch.float64 else 5)]
+    medians = {name: statistics.median(r[name] for r in drawn) for name in drawn[0]}
+    return [
+        f"{name}: {ratio:.3g} of the bound" for name, ratio in medians.items() if not ratio <= 1
+    ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

@@ -37,6 +37,14 @@ def like(op: str, argument: str, tensor: torch.Tensor, other: torch.Tensor, name
         fail(op, argument, tensor.dtype, f"of the dtype of {name}, {other.dtype}")
 
 
+def dtype_of(tensor: torch.Tensor) -> torch.dtype:
+    """What an op makes of it: the autocast dtype under autocast, but of float64."""
+    device = tensor.device.type
+    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
 def as_value_error(op: str, error: RuntimeError) -> Exception:
     """What the stable ABI, which can only throw RuntimeError, says of a wrong value: a ValueError, as elsewhere."""
     text = str(error)

@@ -60,6 +60,13 @@ def test_a_forced_reference_is_silent() -> None:
     assert done.returncode == 0 and not done.stderr
 
 
+@pytest.mark.parametrize("name", ["BACKEND", "NATIVE", "STRICT", "ISA"])
+def test_an_unknown_value_in_the_environment_is_named(name: str) -> None:
+    done = run(EMBED, **{f"MMKERNELS_{name}": "refrence"})
+    assert done.returncode != 0
+    assert f"MMKERNELS_{name}: expected one of" in done.stderr and "'refrence'" in done.stderr
+
+
 def test_a_broken_library_is_reported_with_its_cause(tmp_path: Path) -> None:
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not a library")

@@ -81,19 +81,80 @@ def test_the_op_itself_refuses_what_would_leave_its_memory() -> None:
     with pytest.raises(RuntimeError, match="patch_embed_backward: grad"):
         grad, needs = torch.zeros(3, 4), [False, True, False, False, False]
         ops.patch_embed_backward(grad, [pixels], weight, None, None, None, 0, [], needs, *exact)
-    with pytest.raises(RuntimeError, match="cross_attention"):
-        ops.cross_attention(
-            torch.zeros(1, 2, 8),
-            torch.zeros(1, 3, 5),
-            torch.zeros(8, 6),
-            torch.zeros(8, 5),
-            None,
-            None,
-            None,
-            2,
-            1.0,
-        )
-    with pytest.raises(RuntimeError, match="merge_embeddings"):
-        ops.merge_embeddings(
-            torch.tensor([7]), torch.zeros(4, 2), None, [], [], [], None, None, None
-        )
+
+
+def test_the_op_of_merging_refuses_what_would_leave_its_memory() -> None:
+    ops = torch.ops.mmkernels
+    ids, table, row = torch.tensor([0, 7, 3]), torch.zeros(4, 2), [torch.zeros(1, 2)]
+    ok = (ids, table, None, row, [7], [], None, None, None)
+    ops.merge_embeddings(*ok)
+
+    def refused(match: str, **changed: object) -> None:
+        names = "ids table embeds features token_ids rows counts scale padding".split()
+        with pytest.raises(RuntimeError, match=match):
+            ops.merge_embeddings(*{**dict(zip(names, ok, strict=True)), **changed}.values())
+
+    refused("input_ids must be int64 or int32", ids=ids.to(torch.int16))
+    refused("embed_weight must be given", table=None)
+    refused(r"embed_weight must be \[V, D\]", table=torch.zeros(4))
+    refused(r"inputs_embeds must be \[\*input_ids", embeds=torch.zeros(2, 2))
+    refused("the D of the embeddings", features=[torch.zeros(1, 3)])
+    refused("one token id", token_ids=[])
+    refused("at most 8 modalities", features=row * 9, token_ids=list(range(7, 16)))
+    refused(r"feature_rows\[0\] must be int64 \[1\]", rows=[torch.tensor([], dtype=torch.int64)])
+    refused(r"feature_rows\[0\] must be int64", rows=[torch.tensor([1], dtype=torch.int32)])
+    refused("feature_counts must be 1 numbers", counts=[1, 1])
+    refused("supported", features=[torch.zeros(1, 2, dtype=torch.int32)])
+    for out in (torch.ones(2, 2), torch.ones(3, 2).half(), torch.ones(2, 3).t()):
+        with pytest.raises(RuntimeError, match="out must be contiguous"):
+            ops.merge_embeddings_out(out, *ok[:8])
+        assert bool((out == 1).all())
+    with pytest.raises(RuntimeError, match="row_source int64"):
+        ops.pack_embeddings(ids.int(), table, row, None, None)
+
+
+def test_the_backward_of_merging_refuses_what_would_leave_its_memory() -> None:
+    backward = torch.ops.mmkernels.merge_embeddings_backward
+    grad, source = torch.zeros(3, 2), torch.tensor([0, -1, 3])
+    backward(grad, source, 4, [1], None, None, [True, True])
+    for match, call in {
+        "a row for each of 3 tokens": (grad[:2], source, 4, [1], None, None, [True, True]),
+        "row_source must be int64": (grad, source.int(), 4, [1], None, None, [True, True]),
+        "needs must be": (grad, source, 4, [1], None, None, [True]),
+        r"row_source\[2\] is 3, expected an id in \[0, 3\)": (grad, source, 3, [1], None, None, [True, True]),
+        r"row_source\[1\] is -1": (grad, source, 4, [], None, None, [True]),
+        "already has a place": (grad, torch.tensor([0, -1, -1]), 4, [1], None, None, [True, True]),
+        "feature_lengths must be at least 0": (grad, source, 4, [-1], None, None, [True, True]),
+    }.items():  # fmt: skip
+        with pytest.raises(RuntimeError, match=match):
+            backward(*call)
+
+
+def test_the_op_of_cross_attention_refuses_what_would_leave_its_memory() -> None:
+    ops = torch.ops.mmkernels
+    query, context, weight = torch.zeros(1, 2, 8), torch.zeros(1, 3, 6), torch.zeros(8, 6)
+    none, rest = (None,) * 3, (0, 2, 1.0, 0.0)
+
+    def forward(
+        weight_v: torch.Tensor = weight, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        return ops.cross_attention(query, context, None, weight, weight_v, None, bias, *none, *rest)  # type: ignore[no-any-return]
+
+    out, lse = forward(bias=torch.zeros(8))
+    for match, call in {
+        r"weights must be \[A·d, X\]": {"weight_v": weight[:, :5]},
+        r"value_bias must be \[8\]": {"bias": torch.zeros(4)},
+        "value_bias must be .* in the dtype": {"bias": torch.zeros(8).half()},
+    }.items():
+        with pytest.raises(RuntimeError, match=match):
+            forward(**call)
+    for match, grad, sums, needs in (
+        ("grad must be", out[:, :1], lse, [True] * 7),
+        ("lse", out, lse[:, :1], [True] * 7),
+        ("lse", out, lse.double(), [True] * 7),
+        ("needs must be 7", out, lse, [True]),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            ops.cross_attention_backward(
+                grad, query, context, None, weight, weight, None, *none, out, sums, *rest, needs
+            )

@@ -97,6 +97,34 @@ def test_autocast_casts_no_features(op: str, features: torch.dtype) -> None:
     assert torch.equal(got, OPS[op][1](cast)) and len(casts.found) == 1  # of the table
 
 
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_out_is_written_under_autocast(kernels: str) -> None:
+    """In the dtype of the result, which is the autocast dtype; the other is refused."""
+    x = inputs_of("merge", "odd_width", torch.float32, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), mmkernels.backend(kernels):
+        expected = merge_cases.run(x)
+        out = torch.full_like(expected, torch.nan)
+        assert merge_cases.run({**x, "out": out}) is out and torch.equal(out, expected)
+        with pytest.raises(ValueError, match="out must be of the dtype of the result"):
+            merge_cases.run({**x, "out": out.float()})
+
+
+def test_at_most_eight_modalities() -> None:
+    features, ids = [torch.ones(1, 2)] * 9, list(range(5, 14))
+    with pytest.raises(ValueError, match="features must be at most 8, got 9 tensors"):
+        mmkernels.merge_embeddings(
+            torch.tensor(ids), torch.ones(5, 2), features, feature_token_ids=ids
+        )
+    plan = torch.arange(-9, 0)
+    with pytest.raises(ValueError, match="features must be at most 8, got 9 tensors"):
+        mmkernels.pack_embeddings(plan, torch.ones(5, 2), features)
+
+
+def test_nothing_to_poll_without_cuda() -> None:
+    if not torch.cuda.is_available():
+        mmkernels.poll_errors()
+
+
 def test_compiled() -> None:
     x = inputs_of("merge", "odd_width", torch.float32, torch.bfloat16)
     assert torch.equal(torch.compile(merge_cases.run, fullgraph=True)(x), merge_cases.run(x))

@@ -35,6 +35,14 @@ template <class... Args>
   throw std::runtime_error(text.str());
 }
 
+// What a kernel must know of a tensor before it reads through its pointer.
+inline bool is_a(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype; }
+inline bool is_a(const Tensor& t, ScalarType dtype, const Sizes& sizes) {
+  bool same = is_a(t, dtype) && t.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = t.size(static_cast<int64_t>(i)) == sizes[i];
+  return same;
+}
+
 template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.data_ptr()); }
 template <class T> const T* data(const OptionalTensor& t) { return t ? data<T>(*t) : nullptr; }
 template <class T> T* mutable_data(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }

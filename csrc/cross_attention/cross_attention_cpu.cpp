@@ -328,6 +328,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, c
                                    int64_t num_heads, double scale, double dropout_p) {
   const OptionalTensor offsets = offsets_of(cu_seqlens, context, longest);
   const Shape s = shape_of(query, context, latents, w_k, w_v, num_heads, offsets, longest);
+  if (value_bias && !is_a(*value_bias, query.scalar_type(), {s.A * s.d}))
+    fail("cross_attention: value_bias must be [", s.A * s.d, "] in the dtype of query");
   Tensor out = empty(query, {s.B, s.Q, s.A * s.d});
   Tensor lse = empty(query, {s.B, s.A, s.Q}, accumulation(query));
   if (out.numel() == 0) return {out, lse};
@@ -563,6 +565,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     double scale, double dropout_p, std::vector<bool> needs) {
   const OptionalTensor offsets = offsets_of(cu_seqlens, context, longest);
   const Shape s = shape_of(query, context, latents, w_k, w_v, num_heads, offsets, longest);
+  if (!is_a(grad, grad.scalar_type(), {s.B, s.Q, s.A * s.d}) || !is_a(lse, accumulation(query), {s.B, s.A, s.Q}))
+    fail("cross_attention_backward: grad must be [", s.B, ", ", s.Q, ", ", s.A * s.d, "] and lse [", s.B, ", ", s.A,
+         ", ", s.Q, "], float32 (float64 of float64 queries)");
+  if (needs.size() != 7) fail("cross_attention_backward: needs must be 7 answers, got ", needs.size());
   const auto zeros = [&](size_t i, Sizes sizes) {
     return torch::stable::new_zeros(query, needs[i] ? sizes : Sizes{0});
   };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Merging on CPU. Every value is checked while the row sources are found, before any row is written.
 #include <algorithm>
+#include <numeric>
 
-#include "../common/aten.h"
-#include "merge_embeddings.h"
+#include "arguments.h"
 
 namespace mmkernels::merge_embeddings {
 namespace {
@@ -112,17 +112,6 @@ void find_sources(const Plan& plan, const std::vector<Tensor>& rows, int64_t* so
   ids.scalar_type() == ScalarType::Long ? find(data<int64_t>(ids)) : find(data<int32_t>(ids));
 }
 
-void check_shapes(const char* op, const Tensor& text, const std::vector<Tensor>& features, size_t places) {
-  const int64_t D = text.size(text.dim() - 1);
-  if (features.size() > kMaxModalities)
-    fail(op, "features must be at most ", kMaxModalities, " modalities, got ", features.size());
-  if (places != features.size())
-    fail(op, "features must have one token id or one tensor of rows each, got ", places, " for ",
-         features.size());
-  for (const Tensor& f : features)
-    if (f.dim() != 2 || f.size(1) != D) fail(op, "features must be [n, D] with the D of the embeddings");
-}
-
 // Where rows come from; keeps what it makes contiguous.
 struct Rows {
   Tensor text;
@@ -210,14 +199,16 @@ std::tuple<Tensor, Tensor> merge(
     const OptionalTensor& inputs_embeds, const std::vector<Tensor>& features, const std::vector<int64_t>& token_ids,
     const std::vector<Tensor>& feature_rows, const std::optional<std::vector<int64_t>>& counts,
     std::optional<double> embed_scale) {
-  const Tensor& table = inputs_embeds ? *inputs_embeds : *embed_weight;
-  check_shapes(kOp, table, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
+  const Tensor& table = check_text(input_ids, embed_weight, inputs_embeds);
+  check_features(kOp, table, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
+  check_places(input_ids, features, feature_rows, counts);
   const Rows rows(table, features);
+  Sizes shape(input_ids.sizes().begin(), input_ids.sizes().end());
+  shape.push_back(rows.width());
+  if (out) check_out(*out, table, shape);
   Tensor source = empty(rows.text, {input_ids.numel()}, ScalarType::Long);
   const Plan plan{input_ids, rows.lengths, token_ids, counts, inputs_embeds ? 0 : table.size(0)};
   find_sources(plan, feature_rows, mutable_data<int64_t>(source));
-  Sizes shape(input_ids.sizes().begin(), input_ids.sizes().end());
-  shape.push_back(rows.width());
   const Tensor merged = out ? *out : empty(rows.text, shape);
   write_rows(merged, rows, source, embed_scale);
   return {merged, source};
@@ -241,25 +232,30 @@ Tensor forward_out(
 }
 
 // A plan made elsewhere: in range, and no feature placed twice, whose gradient would need a sum.
-void check_sources(const Tensor& source, int64_t vocab, int64_t features) {
+// Returns how many have one.
+int64_t check_sources(const char* op, const Tensor& source, int64_t vocab, int64_t features) {
   std::vector<bool> placed(features, false);
   const int64_t* from = data<int64_t>(source);
+  int64_t count = 0;
   for (int64_t t = 0; t < source.numel(); ++t) {
     if (from[t] >= vocab || from[t] < -features)
-      fail("pack_embeddings: row_source[", t, "] is ", from[t], ", expected an id in [0, ", vocab,
+      fail(op, "row_source[", t, "] is ", from[t], ", expected an id in [0, ", vocab,
            ") or -1 - k of a feature row k in [0, ", features, ")");
     if (from[t] >= 0) continue;
-    if (placed[-1 - from[t]]) fail("pack_embeddings: row_source[", t, "] is ", from[t], ", a feature row that already has a place");
-    placed[-1 - from[t]] = true;
+    if (placed[-1 - from[t]]) fail(op, "row_source[", t, "] is ", from[t], ", a feature row that already has a place");
+    placed[-1 - from[t]] = true, ++count;
   }
+  return count;
 }
 
 Tensor pack(const Tensor& row_source, const Tensor& embed_weight, std::vector<Tensor> features,
             std::optional<double> embed_scale, std::optional<int64_t> /*padding_idx: backward only*/) {
-  check_shapes("pack_embeddings: ", embed_weight, features, features.size());
+  if (embed_weight.dim() != 2 || !is_a(row_source, ScalarType::Long))
+    fail("pack_embeddings: embed_weight must be [V, D] and row_source int64 [T]");
+  check_features("pack_embeddings: ", embed_weight, features, features.size());
   const Rows rows(embed_weight, features);
   const Tensor source = torch::stable::contiguous(row_source);
-  check_sources(source, rows.text.size(0), rows.sources.first[features.size()]);
+  check_sources("pack_embeddings: ", source, rows.text.size(0), rows.sources.first[features.size()]);
   const Tensor packed = empty(rows.text, {source.numel(), rows.width()});
   write_rows(packed, rows, source, embed_scale);
   return packed;
@@ -313,14 +309,17 @@ void sum_by_row(const Groups& groups, const T* grad, T* table, int64_t D, double
   });
 }
 
-std::tuple<Tensor, std::vector<Tensor>> gradients(
-    const Tensor& grad_, const Tensor& row_source_, int64_t vocab, const std::vector<int64_t>& lengths,
-    std::optional<double> embed_scale, std::optional<int64_t> padding_idx, const std::vector<bool>& needs,
-    bool all_placed) {
+// Of merging and of packing, which may leave features without a place.
+std::tuple<Tensor, std::vector<Tensor>> backward(
+    const Tensor& grad_, const Tensor& row_source_, int64_t vocab, std::vector<int64_t> lengths,
+    std::optional<double> embed_scale, std::optional<int64_t> padding_idx, std::vector<bool> needs) {
+  check_gradient(grad_, row_source_, vocab, lengths, needs);
   const Tensor row_source = torch::stable::contiguous(row_source_);
   const Tensor grad = torch::stable::contiguous(grad_);
   const int64_t D = grad.size(grad.dim() - 1), T = row_source.numel();
   const int64_t* source = data<int64_t>(row_source);
+  const int64_t count = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+  const bool all_placed = check_sources("merge_embeddings_backward: ", row_source, vocab ? vocab : T, count) == count;
   Tensor d_text = needs[0] && vocab ? torch::stable::new_zeros(grad, Sizes{vocab, D})
                                     : empty(grad, needs[0] ? Sizes{T, D} : Sizes{0});
   std::vector<Tensor> d_features;
@@ -353,18 +352,6 @@ std::tuple<Tensor, std::vector<Tensor>> gradients(
   return {d_text, d_features};
 }
 
-std::tuple<Tensor, std::vector<Tensor>> backward(
-    const Tensor& grad, const Tensor& row_source, int64_t vocab, std::vector<int64_t> lengths,
-    std::optional<double> embed_scale, std::optional<int64_t> padding_idx, std::vector<bool> needs) {
-  return gradients(grad, row_source, vocab, lengths, embed_scale, padding_idx, needs, true);
-}
-
-std::tuple<Tensor, std::vector<Tensor>> pack_backward(
-    const Tensor& grad, const Tensor& row_source, int64_t vocab, std::vector<int64_t> lengths,
-    std::optional<double> embed_scale, std::optional<int64_t> padding_idx, std::vector<bool> needs) {
-  return gradients(grad, row_source, vocab, lengths, embed_scale, padding_idx, needs, false);
-}
-
 }  // namespace
 }  // namespace mmkernels::merge_embeddings
 
@@ -373,5 +360,5 @@ STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("merge_embeddings_out", TORCH_BOX(&mmkernels::merge_embeddings::forward_out));
   m.impl("merge_embeddings_backward", TORCH_BOX(&mmkernels::merge_embeddings::backward));
   m.impl("pack_embeddings", TORCH_BOX(&mmkernels::merge_embeddings::pack));
-  m.impl("pack_embeddings_backward", TORCH_BOX(&mmkernels::merge_embeddings::pack_backward));
+  m.impl("pack_embeddings_backward", TORCH_BOX(&mmkernels::merge_embeddings::backward));
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Merging on CUDA: check shapes, allocate, launch on torch's current stream. Values are checked on the device.
 #include "../common/cuda_stream.h"
+#include "arguments.h"
 #include "merge_embeddings_cuda.h"
 
 namespace mmkernels::merge_embeddings {
@@ -16,15 +17,6 @@ Dtype dtype_of(const Tensor& t) {
     case ScalarType::Half: return Dtype::kHalf;
     default: fail("merge_embeddings: float64, float32, float16 and bfloat16 are supported, got another dtype");
   }
-}
-
-void check_features(const Tensor& text, const std::vector<Tensor>& features, size_t places) {
-  if (features.size() > kMaxModalities || places != features.size())
-    fail("merge_embeddings: features must be at most ", kMaxModalities,
-         " modalities with one token id or one tensor of rows each, got ", features.size(), " and ", places);
-  for (const Tensor& f : features)
-    if (f.dim() != 2 || f.size(1) != text.size(text.dim() - 1))
-      fail("merge_embeddings: features must be [n, D] with the D of the embeddings");
 }
 
 // Where rows come from; keeps what it casts and makes contiguous.
@@ -57,12 +49,16 @@ void write_rows(const Tensor& to, const Rows& rows, const Tensor& source, int64_
 std::tuple<Tensor, Tensor> merge(
     const OptionalTensor& out, const Tensor& input_ids, const OptionalTensor& embed_weight,
     const OptionalTensor& inputs_embeds, const std::vector<Tensor>& features, const std::vector<int64_t>& token_ids,
-    std::vector<Tensor> feature_rows, std::optional<double> embed_scale) {
+    std::vector<Tensor> feature_rows, const std::optional<Sizes>& counts, std::optional<double> embed_scale) {
   const DeviceGuard guard(input_ids.get_device_index());
   const cudaStream_t stream = current_stream(input_ids.get_device_index());
-  const Tensor& table = inputs_embeds ? *inputs_embeds : *embed_weight;
-  check_features(table, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
+  const Tensor& table = check_text(input_ids, embed_weight, inputs_embeds);
+  check_features("merge_embeddings: ", table, features, feature_rows.empty() ? token_ids.size() : feature_rows.size());
+  check_places(input_ids, features, feature_rows, counts);
   const Rows rows(table, features);
+  Sizes shape(input_ids.sizes().begin(), input_ids.sizes().end());
+  shape.push_back(rows.width());
+  if (out) check_out(*out, table, shape);
   const Tensor ids = torch::stable::contiguous(input_ids);
   const int64_t T = ids.numel();
 
@@ -78,8 +74,6 @@ std::tuple<Tensor, Tensor> merge(
   }
   Tensor source = empty(rows.text, {T}, ScalarType::Long);
   plan.source = mutable_data<int64_t>(source);
-  Sizes shape(input_ids.sizes().begin(), input_ids.sizes().end());
-  shape.push_back(rows.width());
   const Tensor merged = out ? *out : empty(rows.text, shape);
   if (T) check_cuda("merge_embeddings", launch_plan(plan, stream));
   write_rows(merged, rows, source, INT64_MAX, embed_scale, stream);  // the plan's text rows are in range
@@ -89,25 +83,28 @@ std::tuple<Tensor, Tensor> merge(
 std::tuple<Tensor, Tensor> forward(
     const Tensor& input_ids, const OptionalTensor& embed_weight, const OptionalTensor& inputs_embeds,
     std::vector<Tensor> features, std::vector<int64_t> token_ids, std::vector<Tensor> feature_rows,
-    std::optional<std::vector<int64_t>> /*counts: on CUDA only totals are checked*/,
+    std::optional<Sizes> counts /*of their values on CUDA only totals are checked*/,
     std::optional<double> embed_scale, std::optional<int64_t> /*padding_idx: backward only*/) {
-  return merge(std::nullopt, input_ids, embed_weight, inputs_embeds, features, token_ids, feature_rows, embed_scale);
+  return merge(std::nullopt, input_ids, embed_weight, inputs_embeds, features, token_ids, feature_rows, counts,
+               embed_scale);
 }
 
 Tensor forward_out(
     const Tensor& out, const Tensor& input_ids, const OptionalTensor& embed_weight,
     const OptionalTensor& inputs_embeds, std::vector<Tensor> features, std::vector<int64_t> token_ids,
-    std::vector<Tensor> feature_rows, std::optional<std::vector<int64_t>> /*counts*/,
+    std::vector<Tensor> feature_rows, std::optional<Sizes> counts,
     std::optional<double> embed_scale) {
   return std::get<1>(
-      merge(out, input_ids, embed_weight, inputs_embeds, features, token_ids, feature_rows, embed_scale));
+      merge(out, input_ids, embed_weight, inputs_embeds, features, token_ids, feature_rows, counts, embed_scale));
 }
 
 // A plan made elsewhere: what is out of range becomes a row of zeros and an error to poll.
 Tensor pack(const Tensor& row_source, const Tensor& embed_weight, std::vector<Tensor> features,
             std::optional<double> embed_scale, std::optional<int64_t> /*padding_idx: backward only*/) {
   const DeviceGuard guard(row_source.get_device_index());
-  check_features(embed_weight, features, features.size());
+  if (embed_weight.dim() != 2 || !is_a(row_source, ScalarType::Long))
+    fail("pack_embeddings: embed_weight must be [V, D] and row_source int64 [T]");
+  check_features("pack_embeddings: ", embed_weight, features, features.size());
   const Rows rows(embed_weight, features);
   const Tensor source = torch::stable::contiguous(row_source);
   Tensor packed = empty(rows.text, {source.numel(), rows.width()});
@@ -125,6 +122,7 @@ std::tuple<Tensor, Tensor> sort_stable(const Tensor& t) {
 std::tuple<Tensor, std::vector<Tensor>> backward(
     const Tensor& grad_, const Tensor& row_source_, int64_t vocab, std::vector<int64_t> lengths,
     std::optional<double> embed_scale, std::optional<int64_t> padding_idx, std::vector<bool> needs) {
+  check_gradient(grad_, row_source_, vocab, lengths, needs);
   const Tensor row_source = torch::stable::contiguous(row_source_);
   const DeviceGuard guard(grad_.get_device_index());
   const cudaStream_t stream = current_stream(grad_.get_device_index());

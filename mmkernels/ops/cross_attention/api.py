@@ -113,7 +113,7 @@ def cross_attention(
         training = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in tensors
         )
-        dtype, device = arguments.dtype_of(query), query.device.type
+        dtype, device = checks.dtype_of(query), query.device.type
         pays = key_norm is None and absorbs(rows, keys, d, X, dtype, device, training)
         algorithm = "absorbed" if pays else "projected"
     if algorithm == "absorbed":

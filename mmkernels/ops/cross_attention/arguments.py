@@ -75,14 +75,6 @@ def expanded_mask(
     return attention_mask.expand(full)
 
 
-def dtype_of(tensor: torch.Tensor) -> torch.dtype:
-    """What the op makes of it: the autocast dtype under autocast."""
-    device = tensor.device.type
-    if torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
 def check_latents(latents: torch.Tensor | None, B: int, context: torch.Tensor) -> None:
     """``[B, L, X]``."""
     if latents is None:

@@ -10,6 +10,7 @@ from mmkernels import backends, checks
 from mmkernels.ops.merge_embeddings.op import FORWARD, OUT
 
 _OP = "merge_embeddings"
+MOST_MODALITIES = 8  # of a call: a kernel takes their pointers by value
 
 
 def merge_embeddings(
@@ -35,23 +36,24 @@ def merge_embeddings(
     Args:
         input_ids: ``[..., L]`` int64 or int32. Placeholder ids may lie outside the vocabulary.
         embed_weight: ``[V, D]``; None with ``inputs_embeds``.
-        features: One tensor ``[n_m, D]`` (or ``[..., D]``) a modality, of any float dtype; cast to the text's as rows
-            are copied (on CUDA before), their gradients back.
+        features: At most 8 tensors ``[n_m, D]`` (or ``[..., D]``), one a modality, of any float dtype; cast to the
+            text's as rows are copied (on CUDA before), their gradients back.
         feature_token_ids: One placeholder id a modality.
         feature_rows: Instead of by id, places feature k of modality m at token
             ``feature_rows[m][k]`` of the flattened batch: for models that may emit the id themselves.
         inputs_embeds: ``[..., L, D]``, replaces the lookup.
         embed_scale: Multiplies looked-up rows, not features (Gemma).
         padding_idx: This row of ``embed_weight`` gets no gradient, as in ``nn.Embedding``.
-        feature_counts: For each modality, the placeholders expected in each sample; checked.
+        feature_counts: For each modality, the placeholders expected in each sample; checked (on CUDA only their totals,
+            which are the features' rows).
         check: On CPU values are always checked first. On CUDA ``"sync"`` (eager default) checks with
             one small copy, ``"async"`` (default under compile and capture) never syncs: a bad row
             is zero and the error is raised at the next ``poll_errors()``.
-        out: Contiguous ``[..., L, D]`` to write to, without autograd: page faults of fresh memory cost more than
-            copying on CPU, and a CUDA graph wants the same address.
+        out: Contiguous ``[..., L, D]`` of the result's dtype to write to, without autograd: page faults of fresh
+            memory cost more than copying on CPU, and a CUDA graph wants the same address.
 
     Returns:
-        ``[..., L, D]`` in the text's dtype; ``out`` if given.
+        ``[..., L, D]`` in the text's dtype (the autocast dtype under autocast); ``out`` if given.
 
     Gradients: embed_weight, inputs_embeds, features.
 
@@ -64,7 +66,7 @@ def merge_embeddings(
     Source: ``LlavaModel.forward``, ``Qwen2VLModel.forward`` of transformers (``masked_scatter``).
     """
     text = _check_text(input_ids, embed_weight, inputs_embeds)
-    flat = [checked_feature(_OP, f, m, text) for m, f in enumerate(features)]
+    flat = checked_features(_OP, features, text)
     _check_places(flat, feature_token_ids, feature_rows)
     counts = _counts(feature_counts, len(flat), input_ids)
     if inputs_embeds is not None and embed_scale is not None:
@@ -89,7 +91,9 @@ def merge_embeddings(
 
 
 def poll_errors(device: torch.device | str = "cuda") -> None:
-    """Raises the first value error a CUDA kernel latched since the last call (one small copy)."""
+    """Raises the first value error a CUDA kernel latched since the last call (one small copy); without CUDA, none."""
+    if not torch.cuda.is_available():
+        return
     index = torch.device(device).index
     index = torch.cuda.current_device() if index is None else index
     for poll in backends.POLLS:
@@ -118,7 +122,10 @@ def poll_errors(device: torch.device | str = "cuda") -> None:
 def _check_out(
     out: torch.Tensor, input_ids: torch.Tensor, text: torch.Tensor, features: list[torch.Tensor]
 ) -> None:
-    checks.like(_OP, "out", out, text, "the embeddings")
+    if out.device != text.device:
+        checks.fail(_OP, "out", out.device, f"on the device of the embeddings, {text.device}")
+    if out.dtype != checks.dtype_of(text):
+        checks.fail(_OP, "out", out.dtype, f"of the dtype of the result, {checks.dtype_of(text)}")
     checks.shape(_OP, "out", out, (*input_ids.shape, text.shape[-1]), "[*input_ids.shape, D]")
     if not out.is_contiguous():
         checks.fail(_OP, "out", f"strides {list(out.stride())}", "contiguous")
@@ -161,8 +168,16 @@ def _check_text(
     return text
 
 
-def checked_feature(op: str, feature: torch.Tensor, m: int, text: torch.Tensor) -> torch.Tensor:
-    """Features of modality m as rows ``[n, D]``, checked against the embeddings."""
+def checked_features(
+    op: str, features: Sequence[torch.Tensor], text: torch.Tensor
+) -> list[torch.Tensor]:
+    """Of each modality as rows ``[n, D]``, checked against the embeddings."""
+    if len(features) > MOST_MODALITIES:
+        checks.fail(op, "features", f"{len(features)} tensors", f"at most {MOST_MODALITIES}")
+    return [_checked_feature(op, f, m, text) for m, f in enumerate(features)]
+
+
+def _checked_feature(op: str, feature: torch.Tensor, m: int, text: torch.Tensor) -> torch.Tensor:
     name = f"features[{m}]"
     checks.floating(op, name, feature)
     if feature.device != text.device:

@@ -61,7 +61,7 @@ OUT = backends.define(  # not differentiable: for graphs and serving, whose memo
     " int[] feature_token_ids, Tensor[] feature_rows, SymInt[]? feature_counts, float? embed_scale) -> Tensor",
     reference=reference.merge_embeddings_out,
     fake=lambda out, input_ids, *rest: input_ids.new_empty(input_ids.numel(), dtype=torch.int64),
-    autocast_skip=(4,),
+    autocast_skip=(0, 4),
 )
 BACKWARD = backends.define(
     "merge_embeddings_backward",

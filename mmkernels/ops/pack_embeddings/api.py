@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from mmkernels import checks
-from mmkernels.ops.merge_embeddings.api import checked_feature
+from mmkernels.ops.merge_embeddings.api import checked_features
 from mmkernels.ops.pack_embeddings.op import FORWARD
 from mmkernels.ops.pack_embeddings.plan import PackPlan
 
@@ -29,8 +29,9 @@ def pack_embeddings(
     Args:
         plan: Of ``plan_pack``, or its ``row_source`` ``[T]`` int64; on the device of the embeddings.
         embed_weight: ``[V, D]``.
-        features: ``[n_m, D]`` (or ``[..., D]``) a modality, over the samples as given to ``plan_pack``, of any float
-            dtype; cast to that of embed_weight as rows are copied. Rows without a place (in another bin): gradient 0.
+        features: At most 8 of ``[n_m, D]`` (or ``[..., D]``), one a modality, over the samples as given to
+            ``plan_pack``, of any float dtype; cast to that of embed_weight as rows are copied. Rows without a place (in
+            another bin): gradient 0.
         embed_scale: Multiplies looked-up rows, not features (Gemma).
         padding_idx: This row of ``embed_weight`` gets no gradient.
 
@@ -41,7 +42,9 @@ def pack_embeddings(
 
     Raises:
         ValueError, TypeError: Names argument, got, expected; on CPU before anything is written. On CUDA a source out of
-            range becomes a row of zeros and an error at the next ``poll_errors()``; there is no host sync.
+            range becomes a row of zeros and an error at the next ``poll_errors()``; there is no host sync. That no
+            feature row has two places is checked on CPU only (``plan_pack`` never gives it any): on CUDA its gradient
+            would be that of either.
 
     Numerics: rows are copied bit by bit; the embedding gradient is summed in row order, in fp32 (fp64 of
         fp32 ones).
@@ -56,7 +59,7 @@ def pack_embeddings(
         checks.fail(_OP, "embed_weight", list(embed_weight.shape), "[V, D]")
     if source.device != embed_weight.device:
         checks.fail(_OP, "row_source", source.device, f"on {embed_weight.device}")
-    flat = [checked_feature(_OP, f, m, embed_weight) for m, f in enumerate(features)]
+    flat = checked_features(_OP, features, embed_weight)
     try:
         packed: torch.Tensor = FORWARD(source, embed_weight, flat, embed_scale, padding_idx)
     except RuntimeError as error:

@@ -274,6 +274,23 @@ def test_compaction_with_sharers_and_no_spare_page_changes_nothing() -> None:
     assert cache.length(a) == 14 and cache.next_position(a) == 15
 
 
+def test_a_failed_compaction_gives_its_pages_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = PagedKVCache(pool_of(9))
+    a = cache.add()
+    filled(cache, a, 15)
+    b, keep = cache.fork(a), torch.ones(15, dtype=torch.bool)
+    keep[5] = False
+    free, pages = cache.pool.num_free, cache.pages(a)
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("mmkernels.cache.sequences.compact_kv", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        cache.compact([a], [keep])
+    assert cache.pool.num_free == free and cache.pages(a) == cache.pages(b) == pages
+
+
 def test_compaction_leaves_the_pages_before_the_first_dropped_token_shared() -> None:
     cache = PagedKVCache(pool_of(9))
     a = cache.add()

@@ -226,6 +226,27 @@ def test_generate_over_pages(entry: Any) -> None:
     assert torch.equal(model.generate(**one, **settings, num_beams=2), beams)
 
 
+@both
+def test_generate_as_the_caller_asks(entry: Any) -> None:
+    """Another cache, a configuration by position, autocast: as the unpatched model."""
+    model = entry.build().eval()
+    model.generation_config.eos_token_id = None
+    one = {k: v for k, v in padded(samples(entry)[1:2]).items() if k != "labels"}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    config = copy.deepcopy(model.generation_config)
+    config.update(**settings)
+    theirs = model.generate(**one, **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.generate(**one, **settings)
+    with mmkernels.patch(model, cache=True):
+        for asked in ({"cache_implementation": "static"}, {"past_key_values": tf.DynamicCache()}):
+            assert torch.equal(model.generate(**one, **settings, **asked), theirs)
+        rest = {k: v for k, v in one.items() if k != "input_ids"}
+        assert torch.equal(model.generate(one["input_ids"], config, **rest), theirs)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.generate(**one, **settings), rounded)
+
+
 def test_functional_call() -> None:
     model = clip()
     mmkernels.patch(model)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages behind transformers' Cache: ``model.generate(..., past_key_values=PagedCache.from_config(model.config, 256))``.
+"""Pages behind transformers' Cache: ``model.generate(..., cache=PagedCache.from_config(model.config, 256))``.
 
-Not imported by ``mmkernels.cache``: it needs transformers. Memory is that of the pages in use, beams share theirs, and
+``cache=`` is called ``past_key_values=`` before transformers 5.24. Not imported by ``mmkernels.cache``: it needs
+transformers. Memory is that of the pages in use, beams share theirs, and
 after ``reset`` the pages serve the next call. Every attention implementation works: the layers hand out keys and values
 gathered from the pages. With ``model.set_attn_implementation("mmkernels_paged")`` before the cache is made, nothing is
 gathered where no mask is needed (no padding; a prompt or one token): ``paged_attention`` reads the pages.
@@ -138,7 +139,7 @@ class PagedLayer(CacheLayerMixin):
         slots = (table[:, at // pool.page_size] * pool.page_size + at % pool.page_size).flatten()
         for cache, states in ((pool.key_cache, key_states), (pool.value_cache, value_states)):
             rows = states.transpose(1, 2).reshape(B * new, H, d)
-            cache[self.index].view(-1, H, d)[slots] = rows
+            cache[self.index].view(-1, H, d)[slots] = rows.to(cache.dtype)  # under autocast
         if self.cache.gather:
             return self.gathered()
         key_states._mmkernels_layer = self  # type: ignore[attr-defined]

@@ -173,17 +173,22 @@ class PagedKVCache:
             first, count = int((~k).nonzero()[0]) // size, -(-int(k.sum()) // size)
             targets.append(list(s.pages[:count]))
             replaced.append([i for i in range(first, count) if self.pool.refcount(s.pages[i]) > 1])
-        fresh = iter(self.pool.alloc(sum(map(len, replaced))))
+        fresh = self.pool.alloc(sum(map(len, replaced)))
+        unused = iter(fresh)
         for target, places in zip(targets, replaced, strict=True):
             for i in places:
-                target[i] = next(fresh)
+                target[i] = next(unused)
         device = self.pool.device
         tables = [_padded(pages, device) for pages in ([s.pages for s, _ in changed], targets)]
         mask = torch.nn.utils.rnn.pad_sequence([k for _, k in changed], batch_first=True)
         lens = torch.tensor([s.length for s, _ in changed], device=device)
-        compact_kv(
-            self.pool.key_cache, self.pool.value_cache, tables[0], lens, mask.to(device), target_table=tables[1]
-        )  # fmt: skip
+        try:
+            compact_kv(
+                self.pool.key_cache, self.pool.value_cache, tables[0], lens, mask.to(device), target_table=tables[1]
+            )  # fmt: skip
+        except Exception:
+            self.pool.free(fresh)
+            raise
         for (s, k), target, places in zip(changed, targets, replaced, strict=True):
             left = [s.pages[i] for i in places] + s.pages[len(target) :]
             s.pages, s.length = target, int(k.sum())

@@ -28,8 +28,15 @@ def pages(module: nn.Module) -> Found | str | None:
     return Found("paged cache", _generate, None, method="generate")
 
 
-def _generate(module: Any, original: Any, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-    """As ``generate``; a call that brings a cache, or wants none, goes through untouched."""
+def _generate(
+    module: Any,
+    original: Any,
+    inputs: torch.Tensor | None = None,
+    generation_config: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """As ``generate``; a call that brings or names a cache, or wants none, goes through untouched."""
     from mmkernels.cache.hf import PagedCache
 
     given = next(
@@ -40,17 +47,15 @@ def _generate(module: Any, original: Any, inputs: torch.Tensor | None = None, **
         ),
         None,
     )
-    if (
-        given is None
-        or kwargs.get("past_key_values") is not None
-        or kwargs.get("use_cache") is False
-    ):
-        return original(inputs, **kwargs)
-    settings = kwargs.get("generation_config") or module.generation_config
+    settings = generation_config or module.generation_config
 
-    def setting(name: str, default: int) -> int:
+    def setting(name: str, default: Any) -> Any:
         return kwargs.get(name) or getattr(settings, name, None) or default
 
+    brought = any(kwargs.get(name) is not None for name in ("past_key_values", "cache"))
+    named = setting("cache_implementation", None)
+    if given is None or brought or named or kwargs.get("use_cache", settings.use_cache) is False:
+        return original(inputs, generation_config, *args, **kwargs)
     longest = given.shape[1] + (
         setting("max_new_tokens", 0) or max(0, setting("max_length", 20) - given.shape[1])
     )
@@ -58,4 +63,6 @@ def _generate(module: Any, original: Any, inputs: torch.Tensor | None = None, **
     num_pages = 2 * rows * -(-longest // PAGE_SIZE)  # beams hold old and new ones for a moment
     weight = next(module.parameters())
     cache = PagedCache.from_config(module.config, num_pages, PAGE_SIZE, weight.dtype, weight.device)
-    return original(inputs, past_key_values=cache, **kwargs)
+    takes = inspect.signature(type(module).forward).parameters
+    name = "cache" if "cache" in takes else "past_key_values"  # since 5.24
+    return original(inputs, generation_config, *args, **{name: cache}, **kwargs)

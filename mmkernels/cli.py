@@ -184,7 +184,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _train_by(path: Path, out: Path) -> int:
-    from mmkernels.train import mixture, run, torchrun
+    from mmkernels.train import distributed, mixture, run, torchrun
     from mmkernels.train.checkpoint import CheckpointError
 
     try:
@@ -192,7 +192,7 @@ def _train_by(path: Path, out: Path) -> int:
         made = lambda c: mixture.Mixture(c.batch, c.tasks, c.seed)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             torchrun.train(config, out, made)
-            return 0
+            distributed.leave()
         asked = (
             mixture.exam(list(config.tasks or mixture.TASKS), config.exam) if config.exam else []
         )

@@ -8,6 +8,7 @@ from test_packed_models import padded
 from torch.distributed.fsdp import fully_shard
 
 import mmkernels
+from mmkernels.train import distributed
 
 
 def main() -> None:
@@ -48,3 +49,4 @@ def main() -> None:
 
 
 main()
+distributed.leave()

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from test_training import Sums
 
-from mmkernels.train import run, torchrun, trainer
+from mmkernels.train import distributed, run, torchrun, trainer
 
 trainer.fast_bf16 = lambda: False  # what is compared are sums in another order, in fp32
 torch.set_num_threads(1)
@@ -26,3 +26,4 @@ class Dies(Sums):
 torchrun.train(
     run.read_config(Path(sys.argv[1])), Path(sys.argv[2]), Dies if len(sys.argv) > 3 else Sums
 )
+distributed.leave()

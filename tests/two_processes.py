@@ -46,3 +46,4 @@ def main(out: Path) -> None:
 
 
 main(Path(sys.argv[1]))
+distributed.leave()

@@ -273,6 +273,8 @@ def test_gates_start_closed_and_open_to_the_picture() -> None:
     assert moved[0][4:].min() > 0 and moved[2][1:].min() > 0
     alone = states(select(seen, [2]), [ids[2]])
     torch.testing.assert_close(opened.split(lengths)[2], alone, rtol=1e-9, atol=1e-9)
+    plan = model.plan([ids[1]], {})  # without any media at all
+    torch.testing.assert_close(model(plan, {}), opened.split(lengths)[1], rtol=1e-9, atol=1e-9)
     features = {"image": seen}
     for i, new in enumerate(generate(model, ids, features, 5)):
         mine, row = {"image": select(seen, [[0, 1], [], [2]][i])}, ids[i]

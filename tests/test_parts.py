@@ -99,6 +99,26 @@ def test_logits_and_answers_are_those_of_the_language_model(vision: Any, languag
         assert generate(model, ids, features, 6)[i] == model.tokenizer.until_end(answered)
 
 
+def test_far_positions_are_as_exact_in_bf16(vision: Any, tmp_path: Path) -> None:
+    """Frequencies stay fp32 whatever the weights are: 1,500 tokens, beside transformers' own bf16."""
+    sizes = {**LANGUAGE, "max_position_embeddings": 2048}
+    exact, folder = _saved(tmp_path, "Llama", sizes)
+    # whose frequencies stay fp32 when it is loaded so
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    exact.load_state_dict(theirs.state_dict())
+    model = from_parts(vision[0], theirs, PROJECTOR)
+    ids = torch.randint(3, 256, (1500,), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        truth = exact(ids[None]).logits[0, -200:]
+        plan = model.plan([ids], {})
+        errors = [
+            (logits.double() - truth).norm() / truth.norm()
+            for logits in (model.logits(model(plan, {}))[-200:], theirs(ids[None]).logits[0, -200:])
+        ]
+    assert model.language_model.model.inv_freq.dtype == torch.float32
+    assert errors[0] <= 1.25 * errors[1], errors
+
+
 def test_trains_saves_and_serves(vision: Any, language: Any, tmp_path: Path) -> None:
     model = from_parts(*(m for m, _ in (vision, language)), PROJECTOR)  # of models, not folders
     stages.learn_only(model, model.projectors)
@@ -145,6 +165,9 @@ def test_a_tokenizer_in_the_folder_is_taken(vision: Any, tmp_path: Path) -> None
             "rope_type must be",
         ),
         ({"attention_bias": True}, "attention_bias must be False in llama"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias must be False, got True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1.0, got 0.5"),
     ],
 )
 def test_parts_that_are_not_built_here_are_refused(

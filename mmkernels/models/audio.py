@@ -4,7 +4,7 @@
 Dimensions: n samples, t frames, m mel bins, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -38,6 +38,14 @@ class AudioEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(D)
         self.width = D
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> "AudioEncoder":
+        """Moves all, casts all but the filters."""
+        super()._apply(fn, recurse)
+        self.filters = mel_filters(self.config).to(self.norm.weight.device)
+        return self
 
     def forward(self, items: Sequence[torch.Tensor]) -> Features:
         """Waveforms ``[n]`` in −1…1 at ``sampling_rate`` → features ``[T, D]``, grids (1, frequency, time).

@@ -8,6 +8,8 @@ state_dicts load. Samples lie behind one another without padding; what a token s
 Dimensions: T tokens, E width, A heads, G key-value heads, K head width, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -66,14 +68,21 @@ class DecoderModel(nn.Module):
             for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.config = config
         self.inv_freq: torch.Tensor
         self.axis: torch.Tensor | None
-        K = config.head_width
-        inv_freq = config.rope_theta ** -(torch.arange(0, K, 2) / K)
-        self.register_buffer("inv_freq", inv_freq.repeat(2), persistent=False)
+        self.register_buffer("inv_freq", inv_freq(config), persistent=False)
         axes = [i for i, channels in enumerate(config.mrope_section) for _ in range(channels)]
         axis = torch.tensor(axes, dtype=torch.int32).repeat(2) if axes else None
         self.register_buffer("axis", axis, persistent=False)
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> "DecoderModel":
+        """Moves all, casts all but the frequencies: in bf16 an angle at position 1,000 would be off by radians."""
+        super()._apply(fn, recurse)
+        self.inv_freq = inv_freq(self.config).to(self.norm.weight.device)
+        return self
 
     def forward(
         self,
@@ -88,6 +97,12 @@ class DecoderModel(nn.Module):
             hidden_states = layer(i, hidden_states, rotary, attend, media)
         output: torch.Tensor = self.norm(hidden_states)
         return output
+
+
+def inv_freq(config: DecoderConfig) -> torch.Tensor:
+    """``[K]`` fp32: ``theta^(−2i/K)`` of pair i, for both its channels."""
+    K = config.head_width
+    return (config.rope_theta ** -(torch.arange(0, K, 2) / K)).repeat(2)
 
 
 class DecoderLayer(nn.Module):

@@ -177,8 +177,13 @@ class MMLLM(nn.Module):
 
     def beside(self, plan: mmkernels.PackPlan, features: dict[str, Features]) -> Media | None:
         """What gated layers read: a token sees the last medium before it."""
-        if not self.config.decoder.gated_layers or not features:
+        if not self.config.decoder.gated_layers:
             return None
+        if not features:  # the layers' feed-forward parts still run, as for a sample beside others that have media
+            none = self.language_model.model.embed_tokens.weight.new_empty(
+                0, self.config.decoder.feature_width
+            )
+            return Media(none, none.new_empty(len(plan.input_ids), 0, dtype=torch.bool))
         if len(features) > 1:
             raise ValueError(f"gated layers read one modality, got {sorted(features)}")
         ((modality, found),) = features.items()

@@ -80,6 +80,11 @@ def decoder_config(config: Any) -> DecoderConfig:
         raise ValueError("llm: every layer must be full_attention, some have a sliding window")
     if config.model_type != "qwen2" and getattr(config, "attention_bias", False):
         raise ValueError(f"llm: attention_bias must be False in {config.model_type}")
+    for name, built in {"hidden_act": "silu", "mlp_bias": False}.items():
+        if getattr(config, name, built) != built:
+            raise ValueError(f"llm: {name} must be {built!r}, got {getattr(config, name)!r}")
+    if (turned := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"llm: partial_rotary_factor must be 1.0, got {turned}")
     same = {name: getattr(config, name) for name in _SAME_NAME}
     head_dim = getattr(config, "head_dim", None) or 0
     made = DecoderConfig(**same, rope_theta=rope["rope_theta"], head_dim=head_dim)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference MM-LLM: its parts equal the layers they replace, its flow puts features where they belong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import tiny_config
@@ -261,9 +263,27 @@ def test_config_round_trip_and_errors() -> None:
             r"image.kind must be one of \['Audio', 'TransformersVision', 'Vision'\], got 'Linear'",
         ),
         ('"kind": "Place"', '"kind": "Plaice"', r"projectors.image\[0\].kind must be one of"),
+        (
+            '"patch_size": 14',
+            '"patch_size": 0',
+            "VisionConfig: patch_size must be at least 1, got 0",
+        ),
+        ('"num_attention_heads": 4', '"num_attention_heads": 0', "num_attention_heads must divide"),
+        ('"num_attention_heads": 4', '"num_attention_heads": 3', "num_attention_heads must divide"),
+        (
+            '"gated_layers": []',
+            '"gated_layers": [9]',
+            r"gated_layers must be of the \d layers, got \[9\]",
+        ),
     ):
         with pytest.raises(ValueError, match=problem):
             MMConfig.from_json(TINY.to_json().replace(old, new, 1))
+
+
+@pytest.mark.parametrize("encoders", [{}, {"image": "video"}])
+def test_a_modality_without_encoder_is_named(encoders: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="encoders: image must have one or name another's"):
+        MMLLM(replace(TINY, encoders=encoders))
 
 
 def test_a_packed_batch_is_its_samples_alone() -> None:

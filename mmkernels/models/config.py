@@ -13,6 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def _divides(config: Any, part: str, whole: str) -> None:
+    a, b = getattr(config, part), getattr(config, whole)
+    if a < 1 or b < 1 or b % a:
+        raise ValueError(f"{type(config).__name__}: {part} must divide {whole} {b}, got {a}")
+
+
+def _positive(config: Any, name: str) -> None:
+    if getattr(config, name) < 1:
+        got = getattr(config, name)
+        raise ValueError(f"{type(config).__name__}: {name} must be at least 1, got {got}")
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """ViT for images and clips of uint8 pixels; sides in pixels, ``temporal_patch_size`` in frames.
@@ -30,6 +42,10 @@ class VisionConfig:
     class_token: bool = True
     offset_bias: bool = True
 
+    def __post_init__(self) -> None:
+        _divides(self, "num_heads", "hidden_size")
+        _positive(self, "patch_size")
+
 
 @dataclass(frozen=True)
 class AudioConfig:
@@ -45,6 +61,11 @@ class AudioConfig:
     num_layers: int = 4
     num_heads: int = 8
     intermediate_size: int = 512
+
+    def __post_init__(self) -> None:
+        _divides(self, "num_heads", "hidden_size")
+        _positive(self, "patch_size")
+        _positive(self, "stride")
 
 
 @dataclass(frozen=True)
@@ -161,6 +182,9 @@ class QFormerConfig:
     per: str = "item"
     ordered_side: int = 0
 
+    def __post_init__(self) -> None:
+        _divides(self, "num_heads", "hidden_size")
+
 
 @dataclass(frozen=True)
 class PerceiverConfig:
@@ -223,6 +247,14 @@ class DecoderConfig:
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.head_dim:
+            _divides(self, "num_attention_heads", "hidden_size")
+        _divides(self, "num_key_value_heads", "num_attention_heads")
+        if beyond := [i for i in self.gated_layers if i >= self.num_hidden_layers]:
+            layers = self.num_hidden_layers
+            raise ValueError(f"gated_layers must be of the {layers} layers, got {beyond}")
+
     @property
     def head_width(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
@@ -246,6 +278,9 @@ class OutputProjectorConfig:
     num_condition_tokens: int = 77
     condition_size: int = 768
 
+    def __post_init__(self) -> None:
+        _divides(self, "num_heads", "hidden_size")
+
 
 @dataclass(frozen=True)
 class GeneratorConfig:
@@ -261,6 +296,10 @@ class GeneratorConfig:
     num_condition_tokens: int = 4
     condition_size: int = 64
     num_subjects: int = 10
+
+    def __post_init__(self) -> None:
+        _divides(self, "num_heads", "hidden_size")
+        _positive(self, "patch_size")
 
 
 Encoder = VisionConfig | AudioConfig | TransformersVisionConfig

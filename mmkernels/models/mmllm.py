@@ -66,8 +66,12 @@ class MMLLM(nn.Module):
 
     def encoder(self, modality: str) -> AnyEncoder:
         """The encoder of a modality, which may be another's."""
-        shared = self.config.encoders[modality]
-        found = self.encoders[shared if isinstance(shared, str) else modality]
+        shared = self.config.encoders.get(modality)
+        name = shared if isinstance(shared, str) else modality
+        if name not in self.encoders:
+            got = repr(shared) if shared else "none"
+            raise ValueError(f"encoders: {modality} must have one or name another's, got {got}")
+        found = self.encoders[name]
         assert isinstance(found, AnyEncoder)
         return found
 

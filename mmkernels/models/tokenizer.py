@@ -3,6 +3,8 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,11 +18,6 @@ _PLACEHOLDER = re.compile("<(" + "|".join(MODALITIES) + ")>")
 def placeholders(prompt: str) -> list[str]:
     """The modalities a prompt names, in order: ``"<image>what is said in <audio>?"`` gives image, audio."""
     return _PLACEHOLDER.findall(prompt)
-
-
-def place(prompt: str, modality: str) -> str:
-    """The medium first, unless the prompt places one itself."""
-    return prompt if placeholders(prompt) else f"<{modality}>{prompt}"
 
 
 class ByteTokenizer:
@@ -62,12 +59,14 @@ class ByteTokenizer:
 
 
 class FolderTokenizer(ByteTokenizer):
-    """A tokenizer saved by transformers; placeholders take ids behind its own, which no embedding is looked up for."""
+    """A tokenizer saved by transformers; placeholders take ids behind its own, which no embedding is looked up for.
+
+    Raises:
+        ValueError: No such folder, no tokenizer in it, or one without an end.
+    """
 
     def __init__(self, folder: str) -> None:
-        from transformers import AutoTokenizer
-
-        self.inner = AutoTokenizer.from_pretrained(folder)
+        self.inner = _saved_tokenizer(folder)
         self.eos = self.inner.eos_token_id
         self.bos = self.eos if self.inner.bos_token_id is None else self.inner.bos_token_id
         if self.eos is None:
@@ -82,3 +81,19 @@ class FolderTokenizer(ByteTokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=True))
+
+
+def _saved_tokenizer(folder: str) -> Any:
+    """Of this machine and without code of its own, whatever the name of the folder looks like."""
+    from transformers import AutoTokenizer
+
+    path = Path(folder).absolute()
+    if not path.is_dir():
+        raise ValueError(
+            f"tokenizer: no folder {path}; a model is saved with its tokenizer's path: put that tokenizer there again, "
+            "or a link to it"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise ValueError(f"tokenizer: {path}: {str(error).strip().splitlines()[0]}") from error

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds ``mmkernels/_C.so`` with CMake. Imports no torch; without a compiler the package is pure Python.
 
-``MMKERNELS_BUILD``: ``auto`` (default: what this machine can, else the reason is stored), ``cpu``, ``cuda``
+``MMKERNELS_BUILD``: ``auto`` (default: what this machine can, the reason for the rest is stored), ``cpu``, ``cuda``
 (both fail loudly), ``none``. ``MMKERNELS_TORCH_DIR`` names a torch to compile against,
 ``MMKERNELS_CUDA_ARCHS`` the CUDA architectures, ``MAX_JOBS`` the compile jobs.
 """
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class Build(build_ext):
         try:
             if MODE == "none":
                 raise RuntimeError("MMKERNELS_BUILD=none")
-            info |= self._cmake(target)
+            info |= self._compiled(target)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if MODE not in ("auto", "none"):
                 raise
@@ -65,17 +66,27 @@ class Build(build_ext):
         places = {target, ROOT / "mmkernels"} if self._in_source() else {target}
         for place in places:
             (place / "_build_info.json").write_text(json.dumps(info, indent=1) + "\n")
-        stale = ROOT / "mmkernels" / "_C.so"
-        if ext.failed and self._in_source() and stale.exists():
-            stale.unlink()
+            if ext.failed:
+                (place / "_C.so").unlink(missing_ok=True)  # of an earlier build
 
-    def _cmake(self, target: Path) -> dict[str, Any]:
+    def _compiled(self, target: Path) -> dict[str, Any]:
+        """``auto``: an nvcc that does not fit costs the CUDA kernels, not those of the CPU."""
+        try:
+            return self._cmake(target, MODE)
+        except subprocess.CalledProcessError as error:
+            if MODE != "auto":
+                raise
+            found = self._cmake(target, "cpu")
+            self.warn(f"mmkernels is installed without its CUDA kernels: {_reason(error)}")
+            return {**found, "cuda_error": _reason(error)}
+
+    def _cmake(self, target: Path, mode: str) -> dict[str, Any]:
         torch = torch_dir()
-        build = Path(self.build_temp).resolve()
+        build = Path(self.build_temp).resolve() / mode
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-            f"-DTORCH_DIR={torch}", f"-DMMK_BUILD={MODE}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DTORCH_DIR={torch}", f"-DMMK_BUILD={mode}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
         ]  # fmt: skip
         if archs := os.environ.get("MMKERNELS_CUDA_ARCHS"):
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")
@@ -84,14 +95,11 @@ class Build(build_ext):
             _run(command)
         cache = (build / "CMakeCache.txt").read_text()
         return {
-            "torch_headers": (torch / "version.py")
-            .read_text()
-            .split("__version__ = '")[1]
-            .split("'")[0],
+            "torch_headers": _torch_version(torch),
             "stable_abi_target": "2.10",
             "cxx": _cached(cache, "CMAKE_CXX_COMPILER"),
             "nvcc": _cached(cache, "CMAKE_CUDA_COMPILER"),
-            "cuda_archs": _cached(cache, "CMAKE_CUDA_ARCHITECTURES") or "80 90a 100",
+            "cuda_archs": _cached(cache, "MMK_CUDA_ARCHS"),
         }
 
     def _in_source(self) -> bool:
@@ -126,11 +134,17 @@ def _run(command: list[str]) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
         lines = [line for line in (error.stderr or "").splitlines() if line.strip()]
-        marked = [line for line in lines if "error" in line.lower()] or lines
+        said = [line for line in lines if re.search(r"\berror:|\bfatal\b", line)]  # of a compiler
+        marked = said or [line for line in lines if "error" in line.lower()] or lines
         return f"{error.cmd[0]} failed: {' '.join(marked[:2])[:400]}"
     if isinstance(error, FileNotFoundError):
         return f"{error.filename} was not found on PATH"
     return str(error)
+
+
+def _torch_version(torch: Path) -> str:
+    found = re.search(r"__version__ = ['\"](.+?)['\"]", (torch / "version.py").read_text())
+    return found[1] if found else "unknown"
 
 
 def _cached(cache: str, key: str) -> str:

@@ -51,7 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("after", type=Path)
     parser.add_argument("--all", action="store_true", help="also rows that are the same")
     args = parser.parse_args(argv)
-    old, new = ({key(r): r for r in load(p).rows} for p in (args.before, args.after))
+    try:
+        old, new = ({key(r): r for r in load(p).rows} for p in (args.before, args.after))
+    except ValueError as error:
+        parser.error(str(error))
     counts = dict.fromkeys(("slower", "faster", "same"), 0)
     for k, row in old.items():
         word, told = verdict(row, new.get(k))

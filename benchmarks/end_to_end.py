@@ -142,19 +142,31 @@ def questions(model: MMLLM, eager: EagerMMLLM, rounds: int) -> dict[str, Any]:
         return [r.tokens for r in asked]
 
     def padded() -> list[list[int]]:
-        ids = [torch.cat((torch.full((rows,), IMAGE), w)) for w in words]
+        prompts = [
+            model.tokenizer.encode_prompt("<image>" + bytes(w.tolist()).decode()) for w in words
+        ]
+        ids = [p.repeat_interleave(torch.where(p == IMAGE, rows, 1)) for p in prompts]
         features = eager.features(image.expand(QUESTIONS, -1, -1, -1))
         return eager.generate(ids, features.flatten(0, 1), NEW)
 
     variants: dict[str, Callable[[], object]] = {
         "ours": lambda: serve(True), "not shared": lambda: serve(False), "eager": padded,
     }  # fmt: skip
-    same = sum(a == b for a, b in zip(serve(True), serve(False), strict=True))
-    print(f"questions: {same} of {QUESTIONS} answers equal with and without sharing", flush=True)
+    shared, alone, theirs = serve(True), serve(False), padded()
+    if any(len(tokens) != NEW for tokens in (*shared, *alone, *theirs)):
+        raise SystemExit("an answer ended early: not the same work")
+    same, as_eager = (
+        sum(a == b for a, b in zip(shared, other, strict=True)) for other in (alone, theirs)
+    )
+    print(
+        f"questions: of {QUESTIONS} answers {same} equal without sharing, {as_eager} eager's",
+        flush=True,
+    )
     times = timing.measure(variants, "cpu", rounds)
     return {
         "row": "16 questions on one image",
         "equal_answers": same,
+        "equal_to_eager": as_eager,
         **_timed(times, QUESTIONS, "questions"),
     }
 

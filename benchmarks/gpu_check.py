@@ -3,7 +3,7 @@
 
 The most important facts come first: the build, every op against the reference, streams and graphs, the table, the
 sanitizer. A part that fails does not stop the others. Each leaves its text in ``benchmarks/results/<gpu>/``; a part
-done at this commit is not done again, so a run that was cut short goes on.
+done at this commit, without changes to it, is not done again, so a run that was cut short goes on.
 """
 
 import argparse
@@ -125,8 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "gpu-check.json"
     before = json.loads(state.read_text()) if state.exists() else {}
-    ended: dict[str, str] = before.get("parts", {}) if before.get("commit") == commit else {}
-    if not args.no_build and "build" not in ended:
+    same = before.get("commit") == commit and not git_state()["dirty"]
+    ended: dict[str, str] = before.get("parts", {}) if same else {}
+    if not args.no_build and ended.get("build") != "passed":
         ended["build"] = "passed" if build() == 0 else "FAILED"
     for part in parts(folder):
         if not ended.get(part.name, "").startswith("passed"):

@@ -77,7 +77,10 @@ class Run:
 
 def load(path: Path) -> Run:
     data = json.loads(path.read_text())
-    rows = [Row(**row) for row in data.pop("rows")]
+    rows = data.pop("rows")
+    if any("op" not in row for row in rows):
+        raise ValueError(f"{path}: not a table of ops (of python -m benchmarks.run)")
+    rows = [Row(**row) for row in rows]
     return Run(rows=rows, **data)
 
 

@@ -88,7 +88,8 @@ def build_info() -> dict[str, Any]:
 
 
 REMEDY = (
-    "Results are right, only slower. Install a C++17 compiler and CMake, then: "
+    "Results are right, only slower. Install a C++17 compiler, then: "
+    "pip install 'setuptools>=77' 'cmake>=3.25' ninja && "
     "pip install --no-build-isolation --force-reinstall --no-deps mmkernels "
     "(`mmkernels info` shows the details)"
 )
@@ -266,4 +267,5 @@ def chosen_kernel(op: str, device: str) -> tuple[str, str]:
         return ("c++", "") if device == "cpu" else ("cuda c++", "")
     if native_error():
         return "reference", native_error()
-    return "reference", f"no {device} kernel in this build (see `mmkernels info`)"
+    why = build_info().get("cuda_error") if device == "cuda" else None
+    return "reference", why or f"no {device} kernel in this build (see `mmkernels info`)"

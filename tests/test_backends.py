@@ -126,6 +126,9 @@ def sources(folder: Path) -> None:
 def test_the_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> None:
     sources(tmp_path)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    built = [tmp_path / "mmkernels" / name for name in ("_C.so", "_build_info.json")]
+    for path in built:
+        path.write_text("of this machine")
     make = [sys.executable, "setup.py", "-q", "sdist"]
     subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
     (made,) = (tmp_path / "dist").iterdir()
@@ -133,6 +136,7 @@ def test_the_source_distribution_holds_what_a_build_needs(tmp_path: Path) -> Non
         names = {name.partition("/")[2] for name in archive.getnames()}
     needed = [tmp_path / "CMakeLists.txt", *(tmp_path / "csrc").rglob("*.*")]
     assert {str(path.relative_to(tmp_path)) for path in needed} <= names
+    assert not {str(path.relative_to(tmp_path)) for path in built} & names
 
 
 def test_without_a_compiler_the_wheel_is_pure_python_and_knows_why(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ struct Shape {
 
   int64_t width() const { return J * C; }
   int64_t normed() const { return after ? J * C : C; }  // values of one norm
-  int64_t norms() const { return after ? 1 : J; }       // of a merged row
 };
 
 template <class F> struct Stats { F mean, r; };  // r = 1 / sqrt(variance + eps)

@@ -14,6 +14,9 @@ import torch
 class DiffusersGenerator:
     """``conditions`` and ``generate`` of ``ImageGenerator``, by a pipeline called like ``StableDiffusionPipeline``.
 
+    Called on what ``MMLLM.output_projector`` gives. Not a ``Module``, so ``MMLLM.generator`` takes it only in a model
+    configured without a generator; its weights are then in no state_dict of the model.
+
     Args:
         pipeline: Takes ``prompt_embeds`` and has ``encode_prompt``, ``device`` and ``unet``. It is frozen: nothing here
             has gradients.

@@ -5,7 +5,7 @@ A program takes a sample, block after block, and carries what its tokens have ad
 sample's pictures; the second so knows where a sample's rows of the grid begin. Values are not checked, which would be a
 sync: a grid that does not fit its tokens gives wrong positions, never a read out of range.
 
-The other five (spans, units, a canvas, numbered pictures) go to the CPU kernel and back, which waits for the GPU.
+The other six (spans, units, a canvas, numbered pictures) go to the CPU kernel and back, which waits for the GPU.
 """
 
 from typing import Any

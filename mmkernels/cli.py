@@ -23,7 +23,7 @@ class InputError(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; 0 = done, 2 = the input was at fault and stderr says how."""
+    """Runs a command; 0 = done, 2 = the input or the installation was at fault and stderr says how."""
     args = _parser().parse_args(argv)
     try:
         code: int = args.handler(args)
@@ -31,6 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, OSError, ValueError) as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         print(f"mmkernels {args.command}: {message}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        if missing in ("None", "mmkernels"):
+            raise
+        extra = {"generate": "serve"}.get(args.command, "train")
+        extra = "hf" if missing == "transformers" else extra
+        remedy = f"pip install 'mmkernels[{extra}]'"
+        print(f"mmkernels {args.command}: needs {missing}: {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"mmkernels {args.command}: interrupted", file=sys.stderr)

@@ -257,3 +257,24 @@ def test_bench_has_a_real_shape_of_every_op_and_needs_nothing_outside_the_packag
         assert any(c.name == name and "bench" in c.tags for c in cases), op
     code = "import sys, mmkernels.bench; assert 'benchmarks' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "absent", "extra"),
+    [
+        (["demo"], "sklearn", "train"),
+        (["train", "--stage", "pt", "--out", "x"], "sklearn", "train"),
+        (["generate", "--prompt", "?", "--checkpoint", "x"], "safetensors", "serve"),
+    ],
+)
+def test_a_command_without_its_extra_names_it(
+    command: list[str], absent: str, extra: str, tmp_path: Path
+) -> None:
+    """In a process where the library cannot be imported."""
+    code = f"import sys; sys.modules[{absent!r}] = None\nfrom mmkernels.cli import main; sys.exit(main({command!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    said = f"mmkernels {command[0]}: needs {absent}: pip install 'mmkernels[{extra}]'"
+    assert said in done.stderr and "Traceback" not in done.stderr

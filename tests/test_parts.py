@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An MM-LLM from folders written by transformers: features, logits and answers are those of its parts."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from mmkernels.models import MMLLM, answer, from_parts, generate
-from mmkernels.models.config import DropPrefixConfig, LinearConfig
+from mmkernels.models.config import DropPrefixConfig, LinearConfig, TransformersVisionConfig
+from mmkernels.models.transformers_vision import TransformersVision
 from mmkernels.serve import Engine
 from mmkernels.train import checkpoint, stages
 
@@ -117,6 +120,15 @@ def test_far_positions_are_as_exact_in_bf16(vision: Any, tmp_path: Path) -> None
         ]
     assert model.language_model.model.inv_freq.dtype == torch.float32
     assert errors[0] <= 1.25 * errors[1], errors
+
+
+def test_a_tower_configuration_fetches_no_kernel(vision: Any, language: Any) -> None:
+    model = from_parts(vision[1], language[1], PROJECTOR)
+    said = model.config.encoders["image"]
+    assert isinstance(said, TransformersVisionConfig)
+    asks = json.dumps({**json.loads(said.config), "attn_implementation": "org/kernel"})
+    tower = TransformersVision(replace(said, config=asks))
+    assert tower.model.config._attn_implementation == "sdpa"
 
 
 def test_trains_saves_and_serves(vision: Any, language: Any, tmp_path: Path) -> None:

@@ -39,7 +39,12 @@ def test_two_processes_stop_and_go_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert _run(2, config, tmp_path / "cut", "5") != 0
     assert [p.name for p in (tmp_path / "cut").glob("step-*")] == ["step-00000004"]
     assert not list((tmp_path / "cut").rglob("*.distcp")) and len(_losses(tmp_path / "cut")) == 5
+    with pytest.raises(checkpoint.CheckpointError, match="go on with torchrun"):
+        run.train(run.read_config(config), tmp_path / "cut", Sums)
+    (tmp_path / "cut" / "step-by-step").mkdir()  # somebody else's
     _run(2, config, tmp_path / "cut")
+    found = sorted(p.name for f in ("whole", "cut") for p in (tmp_path / f).glob("step-*"))
+    assert found == ["step-by-step"]
     assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
     models = [checkpoint.load(tmp_path / f) for f in ("whole", "cut", "alone")]
     assert models[0].stages == ("pt",)

@@ -4,15 +4,18 @@
 import json
 import os
 import random
+import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config
 
-from mmkernels.models import MMLLM, Features
+from mmkernels.models import MMLLM, Features, from_parts
+from mmkernels.models.config import LinearConfig
 from mmkernels.train import checkpoint, digits, evaluate, mixture, pipeline, questions, stages
 from mmkernels.train.checkpoint import CheckpointError
 from mmkernels.train.pool import Pool, seen_once, train_together
@@ -73,16 +76,12 @@ def test_captions_and_sketches() -> None:
     assert questions.sketch(Scene((3, 7), (1, 6))) == ".3....7."
 
 
-def test_digits_stand_in_different_columns(scans: digits.Scans) -> None:
-    for scene in questions.scenes(digits.draw(scans, 500, torch.Generator().manual_seed(4))):
-        assert list(scene.columns) == sorted(set(scene.columns))
-
-
 def test_every_answer_is_right() -> None:
     rng = random.Random(0)
     seen = set()
     for _ in range(4000):
         scene = questions.random_scene(rng)
+        assert list(scene.columns) == sorted(set(scene.columns))
         q = questions.ask(scene, rng)
         seen.add(q.kind)
         assert q.answer == _work_out(q, scene), (q, scene)
@@ -257,6 +256,35 @@ def test_missing_files_are_named(saved: Path, gone: str) -> None:
         checkpoint.load(saved)
 
 
+def test_files_of_others_stay(saved: Path, model: MMLLM) -> None:
+    theirs = {
+        "model-00001-of-00002.safetensors", "my-lora.safetensors", ".my.safetensors.backup", ".manifest.json.orig",
+    }  # fmt: skip
+    ours = {
+        "model-0123456789ab.safetensors", "training-0123456789ab.safetensors",
+        ".training-0123456789ab.safetensors.x1_y2z3a", ".manifest.json.0123abcd",
+    }  # fmt: skip
+    for name in theirs | ours:
+        (saved / name).touch()
+    kept = _weights_of_manifest(saved)
+    checkpoint.save(saved, model, ("vision", "pt"))
+    assert {p.name for p in saved.iterdir()} == theirs | {"manifest.json", kept}
+
+
+def _weights_of_manifest(saved: Path) -> str:
+    return str(json.loads((saved / "manifest.json").read_text())["files"]["model"]["name"])
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_who_may_read_is_the_umasks_to_say(tmp_path: Path, model: MMLLM, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        checkpoint.save(tmp_path, model, ())
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
 def _resealed(saved: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A consistent checkpoint with other tensors, as another version of the model would write."""
     model = MMLLM(TINY)
@@ -312,6 +340,77 @@ def test_no_file_outside_the_folder_is_read(saved: Path) -> None:
     checkpoint.write_manifest(path, manifest)
     with pytest.raises(CheckpointError, match=r"elsewhere.safetensors: No such file"):
         checkpoint.load(saved)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.setattr(socket.socket, "connect", refused)
+
+
+@pytest.mark.parametrize("name", ["some-org/some-repo", "/models/moved"])
+def test_no_tokenizer_is_fetched(
+    saved: Path, tmp_path: Path, name: str, no_network: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    path = saved / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    manifest["config"]["tokenizer"] = name
+    checkpoint.write_manifest(path, manifest)
+    wanted = tmp_path / name
+    with pytest.raises(CheckpointError, match=rf"manifest.json: .*no folder {wanted}; .*link"):
+        checkpoint.load(saved)
+    if not name.startswith("/"):
+        wanted.mkdir(parents=True)
+        (wanted / "tokenizer.json").write_text("{")
+        with pytest.raises(CheckpointError, match=rf"manifest.json: tokenizer: {wanted}: ."):
+            checkpoint.load(saved)
+
+
+@pytest.fixture
+def theirs() -> tuple[Any, Any]:
+    """A tower and a language model of transformers."""
+    transformers = pytest.importorskip("transformers")
+    same = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    }  # fmt: skip
+    tower = transformers.CLIPVisionConfig(**same, image_size=28, patch_size=7)
+    language = transformers.LlamaConfig(**same, vocab_size=300, num_key_value_heads=2)
+    return transformers.CLIPVisionModel(tower), transformers.LlamaForCausalLM(language)
+
+
+def test_only_safetensors_of_a_folder_are_read(
+    tmp_path: Path, theirs: tuple[Any, Any], no_network: None
+) -> None:
+    tower, language = theirs
+    for name, model in (("tower", tower), ("language", language)):
+        model.config.save_pretrained(tmp_path / name)
+        torch.save(model.state_dict(), tmp_path / name / "pytorch_model.bin")
+    projector = (LinearConfig(32),)
+    with pytest.raises(ValueError, match=r"vision: .*tower: .*no file named model.safetensors"):
+        from_parts(tmp_path / "tower", language, projector)
+    with pytest.raises(ValueError, match=r"llm: .*language: .*no file named model.safetensors"):
+        from_parts(tower, tmp_path / "language", projector)
+    with pytest.raises(ValueError, match=r"llm: must be a folder .*, no folder some-org/some-repo"):
+        from_parts(tower, "some-org/some-repo", projector)
+    (tmp_path / "language" / "adapter_model.bin").touch()
+    with pytest.raises(ValueError, match="language has an adapter; merge it"):
+        from_parts(tower, tmp_path / "language", projector)
+
+
+def test_no_kernel_of_the_hub_is_asked_for(
+    tmp_path: Path, theirs: tuple[Any, Any], no_network: None
+) -> None:
+    theirs[1].save_pretrained(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**said, "attn_implementation": "org/kernel"}))
+    made = from_parts(theirs[0], tmp_path, (LinearConfig(32),))
+    assert torch.equal(made.language_model.lm_head.weight, theirs[1].lm_head.weight)
 
 
 def test_a_damaged_file_is_written_again(saved: Path, model: MMLLM) -> None:

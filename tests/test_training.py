@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer: stopped anywhere it goes on to the bit, and a gradient that is not finite changes nothing."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,11 +19,18 @@ from tiny_models import tiny_config
 
 import mmkernels
 from mmkernels.models import MMLLM
-from mmkernels.train import checkpoint, digits, questions, run, stages
-from mmkernels.train.sample import Sample
+from mmkernels.models.config import GeneratorConfig, OutputProjectorConfig
+from mmkernels.train import checkpoint, digits, distributed, questions, run, stages, torchrun
+from mmkernels.train.sample import AnswerLoss, Sample
 from mmkernels.train.trainer import Schedule, Trainer
 
 CONFIG = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=1)
+DRAWS = dataclasses.replace(
+    CONFIG,
+    output_projector=OutputProjectorConfig(32, 1, 1, 4, 64, 4, 64),
+    generator=GeneratorConfig(),
+)
+REACHED = ("encoders", "projectors", "language_model", "output_projector")
 
 
 class Pictures:
@@ -34,7 +42,8 @@ class Pictures:
 
     def __next__(self) -> list[tuple[torch.Tensor, str, str]]:
         pictures = digits.draw(self.scans, 3, self.torch)
-        asked = [questions.ask(s, self.python) for s in questions.scenes(pictures)]
+        shown = [[d for d in row if d != digits.BACKGROUND] for row in pictures.digits.tolist()]
+        asked = [questions.ask(questions.Scene(tuple(s), ()), self.python) for s in shown]
         return [(p, q.text, q.answer) for p, q in zip(pictures.pixel_values, asked, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -340,3 +349,88 @@ def test_parts_that_do_not_exist_are_named(tmp_path: Path) -> None:
     config = run.read_config(_yaml(tmp_path, learn=["eyes"]))
     with pytest.raises(ValueError, match=r"no parts \['eyes'\]"):
         run.train(config, tmp_path / "x", Sums)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "learn", "problem"),
+    [
+        ({}, ["generator"], r"not \['generator'\]: .*train_generator"),
+        ({}, ["generator", "projectors"], r"reaches .*'projectors'\], not \['generator'\]"),
+        ({"text": 1}, ["output_projector"], r"not \['output_projector'\]: .*have 'draw'"),
+        (
+            {"text": 1, "draw": 0},
+            ["output_projector"],
+            r"not \['output_projector'\]: .*have 'draw'",
+        ),
+    ],
+)
+def test_parts_that_the_loss_does_not_reach_are_named(
+    tmp_path: Path, tasks: dict[str, float], learn: list[str], problem: str
+) -> None:
+    config = run.read_config(_yaml(tmp_path, tasks=tasks, learn=learn))
+    (tmp_path / "start.json").write_text(DRAWS.to_json())
+    with pytest.raises(ValueError, match=problem):
+        run.train(config, tmp_path / "x", Sums)
+
+
+def test_parts_that_the_loss_reaches_may_learn() -> None:
+    config = run.RunConfig("", "pt", 1, 1e-3, {"text": 1.0, "draw": 1.0}, learn=tuple(REACHED))
+    model = MMLLM(DRAWS)
+    run.choose(model, config)
+    samples = [*next(Sums(dataclasses.replace(config, batch=2))), Sample("draw", "3!", "", draw=3)]
+    AnswerLoss(model)(samples)[0].backward()
+    for part in REACHED:
+        assert any(p.grad is not None for p in model.get_submodule(part).parameters()), part
+    assert not any(p.requires_grad for p in model.get_submodule("generator").parameters())
+
+
+def _stopped(config: run.RunConfig, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of one process that dies in its fourth step, two of them saved."""
+    real = run.Trainer.step
+
+    def dies(self: run.Trainer[Any]) -> float:
+        if len(self.losses) == 3:
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Trainer, "step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run.train(config, out, Sums)
+
+
+def test_the_order_of_tasks_may_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples are drawn by it."""
+    config, out = run.read_config(_yaml(tmp_path, tasks={"image": 1, "text": 2})), tmp_path / "out"
+    _stopped(config, out, monkeypatch)
+    turned = run.read_config(_yaml(tmp_path, tasks={"text": 2, "image": 1}))
+    assert turned.tasks == config.tasks
+    problem = (
+        r"tasks in another order: {'image': 1.0, 'text': 2.0} then, {'text': 2.0, 'image': 1.0}"
+    )
+    with pytest.raises(checkpoint.CheckpointError, match=problem):
+        run.train(turned, out, Sums)
+    assert len(run.train(config, out, Sums).losses) == 6
+
+
+def test_a_run_of_one_process_does_not_go_on_in_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = run.read_config(_yaml(tmp_path)), tmp_path / "out"
+    _stopped(config, out, monkeypatch)
+    before = {p: p.read_bytes() for p in out.glob("*.*")}
+    monkeypatch.setattr(distributed, "process_group", lambda: contextlib.nullcontext(0))
+    with pytest.raises(checkpoint.CheckpointError, match=r"in one process; go on without torchrun"):
+        torchrun.train(config, out, Sums)
+    assert before == {p: p.read_bytes() for p in out.glob("*.*")}  # the log is whole
+
+
+def test_a_run_of_several_processes_does_not_go_on_in_one(tmp_path: Path) -> None:
+    config, out = run.read_config(_yaml(tmp_path)), tmp_path / "out"
+    (out / "step-00000002").mkdir(parents=True)
+    (out / "step-00000004").mkdir()
+    checkpoint.write_manifest(out / "step-00000004" / distributed.MANIFEST, {})
+    problem = r"step-00000004: stopped in several processes; go on with torchrun"
+    with pytest.raises(checkpoint.CheckpointError, match=problem):
+        run.train(config, out, Sums)
+    assert not (out / "log.jsonl").exists()

@@ -41,14 +41,15 @@ def from_parts(
         image_mean, image_std: Default: of the folder's ``preprocessor_config.json``, else 0.5.
 
     Raises:
-        ValueError: A model of another kind, or with a part (scaled RoPE, sliding windows) that is not built here.
+        ValueError: A model of another kind, or with a part (scaled RoPE, sliding windows) that is not built here; no
+            such folder, or none of safetensors.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
     folder = vision if isinstance(vision, str | Path) else None
     found = json.loads(_preprocessor(folder)) if folder else {}
-    tower = AutoModel.from_pretrained(vision) if folder else vision
-    language = AutoModelForCausalLM.from_pretrained(llm) if isinstance(llm, str | Path) else llm
+    tower = _loaded("vision", AutoModel, vision)
+    language = _loaded("llm", AutoModelForCausalLM, llm)
     config = MMConfig(
         encoders={
             "image": TransformersVisionConfig(
@@ -65,6 +66,26 @@ def from_parts(
     model.encoders["image"].model.load_state_dict(tower.state_dict())  # type: ignore[union-attr]
     model.language_model.load_state_dict(language.state_dict())
     return model.to(language.dtype)
+
+
+def _loaded(argument: str, kind: Any, model: str | Path | Any) -> Any:
+    """A model, or what safetensors of this machine say: nothing is fetched, unpickled or run."""
+    from transformers import AutoConfig
+
+    if not isinstance(model, str | Path):
+        return model
+    path = Path(model)
+    if not path.is_dir():
+        raise ValueError(f"{argument}: must be a folder or a PreTrainedModel, no folder {path}")
+    if any(path.glob("adapter_*")):  # transformers would look for its model elsewhere, and unpickle
+        raise ValueError(f"{argument}: {path} has an adapter; merge it into its model first")
+    here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(path, **here)
+        config._attn_implementation = "eager"  # it could name a kernel of the hub
+        return kind.from_pretrained(path, config=config, use_safetensors=True, **here)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{argument}: {path}: {' '.join(str(error).split())}") from error
 
 
 def decoder_config(config: Any) -> DecoderConfig:

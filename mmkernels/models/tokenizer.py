@@ -96,4 +96,4 @@ def _saved_tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises no narrower one
-        raise ValueError(f"tokenizer: {path}: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"tokenizer: {path}: {' '.join(str(error).split())}") from error

@@ -30,7 +30,8 @@ class TransformersVision(nn.Module):
             raise ValueError(
                 f"vision: model_type must be one of {MODEL_TYPES}, got {values.get('model_type')!r}"
             )
-        self.model: Any = AutoModel.from_config(AutoConfig.for_model(**values))
+        made = AutoConfig.for_model(**values)  # which could name a kernel of the hub
+        self.model: Any = AutoModel.from_config(made, attn_implementation="sdpa")
         self.model.embeddings = Embeddings(self.model.embeddings, config)
         self.layer, self.width = config.layer, int(self.model.config.hidden_size)
         self.side = self.model.config.image_size // self.model.config.patch_size

@@ -10,7 +10,8 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ DTYPES = {
     str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 }  # fmt: skip
 _LISTED = 3  # names shown in an error
+_NAME = r"(model|training)-[0-9a-f]{12}\.safetensors"
+_UNFINISHED = rf"\.({_NAME}|{re.escape(MANIFEST)})\.[a-z0-9_]{{8}}"
+_OURS = re.compile(f"{_NAME}|{_UNFINISHED}")
 
 
 class CheckpointError(Exception):
@@ -46,7 +50,8 @@ class Checkpoint:
 def save(
     directory: Path, model: MMLLM, stages: tuple[str, ...], training: Training | None = None
 ) -> None:
-    """Writes the checkpoint; an interrupted call leaves what was there before."""
+    """Writes the checkpoint; an interrupted call leaves what was there before. Files of earlier checkpoints go, those
+    of others stay."""
     directory.mkdir(parents=True, exist_ok=True)
     files = {"model": _own_tensors(model)} | ({"training": training.tensors} if training else {})
     manifest: dict[str, Any] = {
@@ -60,10 +65,8 @@ def save(
     }
     write_manifest(directory / MANIFEST, manifest)
     kept = {facts["name"] for facts in manifest["files"].values()}
-    left_behind = (*directory.glob("*-*.safetensors"), *directory.glob(".*.safetensors.*"))
-    # also what a writer that was killed has left
-    for old in (*left_behind, *directory.glob(f".{MANIFEST}.*")):
-        if old.name not in kept:
+    for old in directory.iterdir():  # also what a writer that was killed has left
+        if _OURS.fullmatch(old.name) and old.name not in kept:
             old.unlink()
 
 
@@ -94,7 +97,9 @@ def _own_tensors(model: MMLLM) -> dict[str, torch.Tensor]:
 
 def write_file(path: Path, content: bytes) -> None:
     """Temporary name, fsync, rename, fsync of the directory: whole or absent."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # mode by the umask: mkstemp would make a file that nobody else may read
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -116,7 +121,8 @@ def load(directory: Path) -> Checkpoint:
     """Reads and verifies everything before a model exists.
 
     Raises:
-        CheckpointError: Missing, truncated or altered file; missing, extra or wrong-shape tensors.
+        CheckpointError: Missing, truncated or altered file; missing, extra or wrong-shape tensors; a configuration
+            that no model can be made of, a tokenizer's folder that is not there among them.
     """
     manifest = read_manifest(directory / MANIFEST)
     try:
@@ -126,7 +132,10 @@ def load(directory: Path) -> Checkpoint:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / MANIFEST}: {error}") from None
     read = {role: _read_tensors(directory, facts) for role, facts in manifest["files"].items()}
-    model = MMLLM(config).to(dtype)
+    try:
+        model = MMLLM(config).to(dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / MANIFEST}: {error}") from error
     check_tensors(path, read["model"], _own_tensors(model))
     model.load_state_dict(read["model"], strict=False)
     training = Training(read["training"], manifest["training"]) if "training" in read else None

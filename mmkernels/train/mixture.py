@@ -2,7 +2,8 @@
 """The tasks of the reference MM-LLM, mixed: pictures, clips, speech, text, drawing, each in several wordings.
 
 Sample i of a stream is a function of its seed and i, so a stream goes on anywhere. Held-out samples are made of scans
-and speakers that no training sample has.
+and speakers that no training sample has. Words are not held out: tasks without media, ``text`` and ``draw``, have few
+prompts (ten digits, some wordings), and nearly all of an exam occur in training too.
 """
 
 import functools
@@ -228,7 +229,8 @@ def _check(tasks: Iterable[str]) -> None:
 
 
 def exam(tasks: Sequence[str], each: int, seed: int = 6, sizes: Bands = SIZES) -> list[Sample]:
-    """``each`` held-out samples of every task; the same for the same seed."""
+    """``each`` held-out samples of every task (of ``text`` and ``draw`` other draws of the prompts of training); the
+    same for the same seed."""
     _check(tasks)
     made_of = source("heldout", sizes)
     return [sample(made_of, seed, i, task) for task in tasks for i in range(each)]

@@ -4,8 +4,6 @@
 import random
 from dataclasses import dataclass
 
-from mmkernels.train.digits import BACKGROUND, SIDE, Pictures
-
 CAPTION_PROMPTS = ("describe the picture.", "what is in the picture?", "caption:")
 COLUMNS = 8  # of a sketch
 
@@ -25,16 +23,6 @@ class Question:
     kind: str
     text: str
     answer: str
-
-
-def scenes(pictures: Pictures) -> list[Scene]:
-    """One scene a picture."""
-    columns = (pictures.centres[..., 0] * COLUMNS / SIDE).long().tolist()
-    found = []
-    for slots, places in zip(pictures.digits.tolist(), columns, strict=True):
-        shown = tuple(d for d in slots if d != BACKGROUND)
-        found.append(Scene(shown, tuple(places[: len(shown)])))
-    return found
 
 
 def random_scene(rng: random.Random) -> Scene:

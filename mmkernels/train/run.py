@@ -27,7 +27,7 @@ import torch
 from mmkernels.models import MMLLM, MMConfig
 from mmkernels.models.config import read_fields
 from mmkernels.models.lora import with_lora
-from mmkernels.train import checkpoint
+from mmkernels.train import checkpoint, distributed
 from mmkernels.train.evaluate import exact_match
 from mmkernels.train.sample import AnswerLoss, Sample
 from mmkernels.train.trainer import Schedule, Stream, Trainer, Training
@@ -36,6 +36,8 @@ LEARNS = {
     "pt": ("projectors", "output_projector"),
     "it": ("projectors", "output_projector", "language_model"),
 }
+STEPS = "step-" + 8 * "[0-9]"  # folders of shards, which torchrun.py writes
+LEARN_TO_ANSWER = {"encoders", "projectors", "language_model"}
 Streams = Callable[["RunConfig"], Stream[list[Sample]]]
 
 
@@ -88,9 +90,14 @@ def train(
     """Trains to the end, from the last checkpoint in ``out`` if there is one of this stage.
 
     Raises:
-        CheckpointError: A damaged checkpoint, or one that is not ready for this stage.
+        CheckpointError: A damaged checkpoint, one that is not ready for this stage, or a run that stopped in several
+            processes.
     """
     model, stages, training = start(config, out)
+    if (sharded := newest(out)) is not None:
+        raise checkpoint.CheckpointError(
+            f"{sharded}: stopped in several processes; go on with torchrun, or choose another folder"
+        )
     step = AnswerLoss(model)
     choose(model, config)
     schedule = Schedule(config.steps, config.lr, config.accumulate)
@@ -117,15 +124,25 @@ def train(
 
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """CheckpointError unless both say the same of all that samples, schedule and the parts that learn follow from; how
-    often to save or ask may change."""
+    often to save or ask may change. Of tasks the order counts, samples are drawn by it."""
     free = {"save_every", "evaluate_every", "exam"}
     changed = [
-        f"{n}: {before[n]!r} then, {now[n]!r} now"
+        f"{n}{' in another order' if before[n] == now[n] else ''}: {before[n]!r} then, {now[n]!r} now"
         for n in now
-        if n not in free and before[n] != now[n]
+        if n not in free and _in_order(before[n]) != _in_order(now[n])
     ]
     if changed:
         raise checkpoint.CheckpointError(f"{out}: stopped in another run ({'; '.join(changed)})")
+
+
+def _in_order(value: Any) -> Any:
+    return list(value.items()) if isinstance(value, dict) else value
+
+
+def newest(out: Path) -> Path | None:
+    """The last complete sharded checkpoint, of a run in several processes that stopped."""
+    done = [p.parent for p in out.glob(f"{STEPS}/{distributed.MANIFEST}")]
+    return max(done, default=None)
 
 
 def start(config: RunConfig, out: Path) -> tuple[MMLLM, tuple[str, ...], Training | None]:
@@ -152,12 +169,23 @@ def start(config: RunConfig, out: Path) -> tuple[MMLLM, tuple[str, ...], Trainin
 
 
 def choose(model: MMLLM, config: RunConfig) -> None:
-    """Freezes all but the parts that learn; of a language model with adapters those alone."""
+    """Freezes all but the parts that learn; of a language model with adapters those alone.
+
+    Raises:
+        ValueError: A part that the model does not have, or that the loss has no gradient for.
+    """
     parts = config.learn or LEARNS[config.stage]
     known = {name for name, _ in model.named_children()}
     wrong = sorted(set(config.learn) - known)
     if wrong:
         raise ValueError(f"learn: the model has no parts {wrong}, it has {sorted(known)}")
+    draws = not config.tasks or config.tasks.get("draw", 0) > 0
+    reached = LEARN_TO_ANSWER | ({"output_projector"} if draws else set())
+    if unreached := sorted(set(config.learn) - reached):
+        raise ValueError(
+            f"learn: the loss of these tasks reaches {sorted(reached & known)}, not {unreached}: an output projector "
+            "learns where tasks have 'draw', a generator by mmkernels.train.drawing.train_generator alone"
+        )
     adapted = model.config.decoder.lora_rank > 0
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]

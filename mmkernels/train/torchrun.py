@@ -3,7 +3,7 @@
 
 Every rank takes its share of each batch; losses are those of one process. ``OUT/step-<n>/`` holds the shards of model
 and optimizer, its manifest comes last, older folders go then: a kill at any time loses what came after the last one.
-At the end rank 0 writes the ordinary checkpoint, which everything else reads.
+At the end rank 0 writes the ordinary checkpoint, which everything else reads, and the last folder goes too.
 """
 
 import dataclasses
@@ -42,21 +42,26 @@ def train(config: run.RunConfig, out: Path, streams: run.Streams) -> Trainer[lis
     """Trains to the end, from the last sharded checkpoint in ``out`` if there is one.
 
     Raises:
-        CheckpointError: A damaged checkpoint, one of another run, or one that is not ready for this stage.
+        CheckpointError: A damaged checkpoint, one of another run, one that is not ready for this stage, or a run that
+            stopped in one process.
     """
     with distributed.process_group() as rank:
         if config.evaluate_every:
             raise ValueError(
                 "evaluate_every: must be 0 in several processes, evaluate the checkpoint after"
             )
-        model, stages, _ = run.start(config, out)
+        model, stages, training = run.start(config, out)
+        if training is not None:  # its moments are whole
+            raise checkpoint.CheckpointError(
+                f"{out}: stopped in one process; go on without torchrun, or choose another folder"
+            )
         run.choose(model, config)
         step = distributed.shard(AnswerLoss(model), recompute=True)
         schedule = Schedule(config.steps, config.lr, config.accumulate)
         loss_of = lambda batch: distributed.mean_over_all(*step(batch))
         trainer = Trainer(step, Dealt(streams(config)), loss_of, schedule)
         said = json.loads(json.dumps(dataclasses.asdict(config)))
-        if (last := newest(out)) is not None:
+        if (last := run.newest(out)) is not None:
             run.check_same(last, distributed.check_sharded(last)["training"]["run"], said)
             _load(last, model, trainer)
         log = run.Log(out, trainer) if rank == 0 else None
@@ -71,19 +76,25 @@ def train(config: run.RunConfig, out: Path, streams: run.Streams) -> Trainer[lis
                 _save(out, model, trainer, said)
 
         trainer.run(config.stage, after)
-        whole = distributed.whole_state(model)
-        if rank == 0:
-            finished = MMLLM(model.config)
-            finished.load_state_dict(whole, strict=False)
-            checkpoint.save(out, finished, (*stages, config.stage))
-        dist.barrier()
+        _finish(out, model, (*stages, config.stage))
         return trainer
 
 
-def newest(out: Path) -> Path | None:
-    """The last complete sharded checkpoint."""
-    done = [p.parent for p in out.glob(f"step-*/{distributed.MANIFEST}")]
-    return max(done, default=None)
+def _finish(out: Path, model: MMLLM, stages: tuple[str, ...]) -> None:
+    """The ordinary checkpoint; then nothing is left to go on with."""
+    whole = distributed.whole_state(model)  # every rank is here: none reads a sharded checkpoint
+    if dist.get_rank() == 0:
+        finished = MMLLM(model.config)
+        finished.load_state_dict(whole, strict=False)
+        checkpoint.save(out, finished, stages)
+        _remove_steps(out)
+    dist.barrier()
+
+
+def _remove_steps(out: Path, kept: Path | None = None) -> None:
+    for old in out.glob(run.STEPS):
+        if old != kept:
+            shutil.rmtree(old)
 
 
 def _save(out: Path, model: MMLLM, trainer: Trainer[list[Sample]], said: dict[str, Any]) -> None:
@@ -96,9 +107,7 @@ def _save(out: Path, model: MMLLM, trainer: Trainer[list[Sample]], said: dict[st
     facts = {"training": {**saved.state, "run": said}, "tensors": sorted(saved.tensors)}
     distributed.save_state_of(folder, model, state, facts)
     if dist.get_rank() == 0:
-        for old in out.glob("step-*"):
-            if old != folder:
-                shutil.rmtree(old)
+        _remove_steps(out, folder)
     dist.barrier()
 
 

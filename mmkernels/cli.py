@@ -76,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", metavar="TEXT",
                       help="<image> in it places the image; else media come first")  # fmt: skip
     what.add_argument("--requests", type=Path, metavar="FILE",
-                      help="JSON lines of id, prompt, image, video, audio, max_new_tokens")  # fmt: skip
+                      help="JSON lines of id, prompt, image, video, audio, max_new_tokens; "
+                           "exit code 1 if one of them failed")  # fmt: skip
     generate.add_argument("--image", type=Path, metavar="FILE", action="append", default=[])
     generate.add_argument("--video", type=Path, metavar="FRAME", nargs="+", default=[])
     generate.add_argument("--audio", type=Path, metavar="FILE")
@@ -217,30 +218,37 @@ def _train_by(path: Path, out: Path) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from mmkernels.serve import Engine, RequestError
-    from mmkernels.serve.files import media_of, serve_lines
+    from mmkernels.serve import Engine, RequestError, media_of, serve_lines
     from mmkernels.train import checkpoint
 
+    media = {"image": args.image, "video": args.video, "audio": args.audio}
+    given = [name for name, value in media.items() if value]
+    if args.requests is not None and given:
+        raise InputError(f"--{given[0]}: goes with --prompt; a line of --requests names its own")
     try:
         model = checkpoint.load(args.checkpoint).model
     except checkpoint.CheckpointError as error:
         raise InputError(f"--checkpoint {error}") from None
     engine = Engine(model)
-    if args.requests is not None:
-        with open(args.requests, encoding="utf-8") as lines:
-            serve_lines(model, lines, sys.stdout, engine)
-        return 0
-    media = {"image": args.image, "video": args.video, "audio": args.audio}
+    if args.requests is not None:  # bytes that are not UTF-8 are their line's fault alone
+        with open(args.requests, encoding="utf-8", errors="surrogateescape") as lines:
+            return int(serve_lines(model, lines, sys.stdout, engine) > 0)
     try:
         request = engine.submit(args.prompt, media_of(model, media))
         for piece in engine.stream(request):
             print(piece, end="", flush=True)
     except RequestError as error:
-        raise InputError(f"--{error}") from None
+        raise InputError(_flagged(str(error))) from None
     if request.error:
-        raise InputError(f"--{request.error}")
+        raise InputError(_flagged(request.error))
     print()
     return 0
+
+
+def _flagged(problem: str) -> str:
+    """``field: …`` as its flag, where the field has one."""
+    field = problem.partition(":")[0]
+    return f"--{problem}" if field in ("prompt", "image", "video", "audio") else problem
 
 
 def _png(pixels: torch.Tensor) -> bytes:

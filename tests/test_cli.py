@@ -133,8 +133,8 @@ def test_wrong_files_and_prompts(
         (_generate(trained, tmp_path), ("--image", str(tmp_path), "directory")),
         (_generate(trained, text), ("--image", "notes.png", "not a PNG or JPEG")),
         (_generate(trained, picture, " "), ("--prompt", "must be text")),
-        (_generate(trained, picture, "<image> and <image>"), ("--media", "the prompt names")),
-        (_generate(trained, picture, "long " * 90), ("--prompt", "256")),
+        (_generate(trained, picture, "<image> and <image>"), (" media: ", "the prompt names")),
+        (_generate(trained, picture, "long " * 90), ("max_new_tokens", "256")),
         (_generate(tmp_path / "nowhere", picture), ("--checkpoint", "nowhere", "No such file")),
     ):
         assert code == 2, words
@@ -145,7 +145,39 @@ def test_wrong_files_and_prompts(
     expected = ["none.png: No such file", str(tmp_path), "not a PNG or JPEG", "must be text", "names [",
                 "256", "nowhere"]  # fmt: skip
     for line, word in zip(lines, expected, strict=True):
-        assert line.startswith("mmkernels generate: --") and word in line
+        assert line.startswith("mmkernels generate: ") and word in line
+    flags = [line.split()[2] for line in lines]
+    assert flags[:4] == ["--image:"] * 3 + ["--prompt:"]
+    assert flags[4:] == ["media:", "max_new_tokens:", "--checkpoint"]  # no flags but the last
+
+
+def test_a_file_of_requests_fails_line_by_line_and_tells(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.jsonl"
+    command = ["generate", "--requests", str(file), "--checkpoint", str(trained)]
+    fine = b'{"id": "ok", "prompt": "\xc3\xbc?", "max_new_tokens": 2}\n'
+    file.write_bytes(fine + b'{"id": "\xff", "prompt": "x\xff"}\n' + b'{"prompt": 1}\n')
+    assert cli.main(command) == 1
+    out, err = capsys.readouterr()
+    found = {x["id"]: x for x in map(json.loads, out.splitlines())}
+    assert err == "" and set(found) == {"ok", "\udcff", 3} and "text" in found["ok"]
+    assert found["\udcff"]["error"] == r"prompt: must be Unicode text, got '\udcff' at 1"
+    file.write_bytes(fine)
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    for flag in ("--image", "--video", "--audio"):
+        assert cli.main([*command, flag, "x"]) == 2
+        _one_line(capsys, f"{flag}: goes with --prompt")
+
+
+def test_media_the_model_does_not_take(
+    trained: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag in ("--video", "--audio"):
+        command = ["generate", flag, str(picture), "--prompt", "x", "--checkpoint", str(trained)]
+        assert cli.main(command) == 2
+        _one_line(capsys, f"{flag}: the model takes ['image']")
 
 
 def test_broken_checkpoint(

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continuous batching: every step computes a token of each running answer and a chunk of each new prompt, packed.
+"""Continuous batching: a step computes a token of each running answer and, of all new prompts together, a chunk of
+rows, packed.
 
 A request waits until its pages, at worst, are there: exhaustion queues, it never fails a running request. Requests that
 begin with the same media share the pages of that prefix, and ``paged_attention`` reads them once for all.
 Source: Orca (Yu et al. 2022); chunked prefill: Sarathi (Agrawal et al. 2023); prefix sharing: vLLM, SGLang.
 """
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,18 @@ import torch
 from mmkernels.cache import PagedKVCache
 from mmkernels.models import MMLLM
 from mmkernels.models.attention import Paged
-from mmkernels.models.features import Features, join
 from mmkernels.models.generate import PAGE_SIZE, new_pool
-from mmkernels.ops import pack_embeddings
-from mmkernels.serve.request import Medium, Request, RequestError, checked, key_of, text_behind
+from mmkernels.serve.prefixes import Prefixes
+from mmkernels.serve.request import (
+    Medium,
+    Request,
+    RequestError,
+    checked,
+    key_of,
+    one_line,
+    text_behind,
+)
+from mmkernels.serve.rows import encode, go_on_from, next_rows, rows_of
 
 
 @dataclass
@@ -37,15 +46,6 @@ class Counters:
     pages_peak: int = 0
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A prefix others can go on from: its pages, its rows, the position after it."""
-
-    sequence: int
-    rows: int
-    next_position: int
-
-
 _SPARE = 2  # pages: a copy of a shared last page for the request, and one for the prefix it leaves
 
 
@@ -56,8 +56,11 @@ class Engine:
         model: Its features lie in the text (no gated layers).
         num_pages, page_size: Of the pool.
         max_running: Requests computed together.
-        chunk: Prompt rows a step, all requests together.
+        chunk: Prompt rows a step, all requests together; no request is encoded while so many wait already.
         share: Whether prefixes are kept for others.
+
+    Raises:
+        ValueError: A number below 1, or a model with gated layers.
     """
 
     def __init__(
@@ -71,12 +74,13 @@ class Engine:
     ) -> None:
         if model.config.decoder.gated_layers:
             raise ValueError("Engine: a model with gated layers reads media beside its pages")
+        _check_sizes(num_pages=num_pages, page_size=page_size, max_running=max_running, chunk=chunk)
         self.model, self.max_running, self.chunk, self.share = model, max_running, chunk, share
         self.cache = PagedKVCache(new_pool(model, num_pages, page_size))
         self.counters = Counters()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
-        self._prefixes: OrderedDict[str, Kept] = OrderedDict()  # oldest use first
+        self._prefixes = Prefixes(self.cache)
 
     # What callers do
 
@@ -99,7 +103,10 @@ class Engine:
             self._end(request, "cancelled")
 
     def step(self) -> list[Request]:
-        """One pass of the decoder; returns the requests that have got a token or ended."""
+        """One pass of the decoder; returns the requests that have got a token or ended.
+
+        If it raises (an interrupt, memory), no request has changed: the next call goes on to the same answers.
+        """
         changed = self._admit()
         batch = self._batch()
         if batch:
@@ -124,8 +131,8 @@ class Engine:
 
     def drop_prefixes(self) -> None:
         """Lets go of every kept prefix."""
-        while self._prefixes:
-            self._evict()
+        while self._evict():
+            pass
 
     @property
     def pages_in_use(self) -> int:
@@ -137,14 +144,15 @@ class Engine:
         """In the order they came; one whose prefix is being computed waits for it, then finds it."""
         ended = []
         for request in list(self._waiting):
-            if len(self._running) == self.max_running:
+            # rows behind a full chunk would not be computed now: their media need not hold the others up
+            if len(self._running) >= self.max_running or self._backlog() >= self.chunk:
                 break
             if request.key and request.key in self._computing():
                 continue
             try:
                 self._prepare(request)
-            except ValueError as error:
-                request.error = str(error).splitlines()[0]
+            except Exception as error:  # whatever an encoder raises is of this request alone
+                request.error = one_line(error)
                 self._end(request, "error")
                 ended.append(request)
                 continue
@@ -157,37 +165,21 @@ class Engine:
 
     def _computing(self) -> set[str]:
         """Keys of prefixes that are on their way."""
-        return {
-            r.key for r in self._running if r.key and not r.prefix_rows and r.done < _rows_of(r)
-        }
+        return {r.key for r in self._running if r.key and not r.prefix_rows and r.done < rows_of(r)}
+
+    def _backlog(self) -> int:
+        """Prompt rows of running requests that are still to be computed."""
+        return sum(rows_of(r) - r.done for r in self._running)
 
     @torch.no_grad()
     def _prepare(self, request: Request) -> None:
         """Rows and positions of its prompt, but for what a kept prefix has."""
-        weight = self.model.language_model.model.embed_tokens.weight
-        kept = self._prefixes.get(request.key or "")
+        kept = self._prefixes.get(request.key)
         if kept is not None:
-            text = text_behind(request)
-            at = kept.next_position + torch.arange(len(text))
-            axes = (3,) if self.model.config.decoder.mrope_section else ()
-            request.embeds, request.position_ids = weight[text], at.expand(*axes, -1)
-            request.prefix_rows = kept.rows
+            go_on_from(self.model, request, kept)
         elif request.embeds is None or request.prefix_rows:  # that prefix has gone since
-            self._encode(request, weight)
+            encode(self.model, request)
         self._check_size(request)
-
-    def _encode(self, request: Request, weight: torch.Tensor) -> None:
-        features: dict[str, list[Features]] = {}
-        for modality, medium in request.media:
-            if modality not in self.model.config.projectors:
-                raise RequestError(f"media: the model has no {modality}")
-            seen = self.model.encode(modality, [medium])
-            features.setdefault(modality, []).append(self.model.project(modality, seen))
-        joined = {m: join(parts) for m, parts in features.items()}
-        plan = self.model.plan([request.input_ids], joined)
-        request.embeds = pack_embeddings(plan, weight, [f.tokens for f in joined.values()])
-        request.position_ids = self.model.positions(plan, joined)
-        request.prefix_rows = 0
 
     def _check_size(self, request: Request) -> None:
         most = self.model.config.decoder.max_position_embeddings
@@ -225,12 +217,11 @@ class Engine:
         return -(-rows // self.cache.pool.page_size)
 
     def _start(self, request: Request) -> None:
-        kept = self._prefixes.get(request.key or "")
-        if kept is None:
+        kept = self._prefixes.get(request.key)
+        if kept is None or request.key is None:
             request.sequence = self.cache.add()
             return
-        self._prefixes.move_to_end(request.key or "")
-        request.sequence = self.cache.fork(kept.sequence)
+        request.sequence = self._prefixes.fork(request.key)
         self.counters.prefix_hits += 1
         self.counters.rows_shared += kept.rows
 
@@ -248,16 +239,42 @@ class Engine:
                 batch.append((request, count))
         return batch
 
-    @torch.no_grad()
     def _compute(self, batch: list[tuple[Request, int]]) -> list[Request]:
+        """A pass, or none: pages are taken before the decoder runs, and given back if it does not end."""
+        before = [self._state(request) for request, _ in batch]
+        try:
+            return self._pass(batch)
+        except BaseException:
+            for (request, _), state in zip(batch, before, strict=True):
+                if request.finished is None:
+                    self._set_back(request, *state)
+            raise
+
+    def _state(self, request: Request) -> tuple[int, int, int, int]:
+        """What a pass changes: rows in the cache, the position after them, rows of the prompt, tokens."""
+        held, following = (
+            self.cache.length(request.sequence), self.cache.next_position(request.sequence),
+        )  # fmt: skip
+        return held, following, request.done, len(request.tokens)
+
+    def _set_back(self, request: Request, held: int, following: int, done: int, said: int) -> None:
+        self.cache.truncate(request.sequence, held)
+        self.cache.set_next_position(request.sequence, following)
+        request.done = done
+        del request.tokens[said:]
+
+    @torch.no_grad()
+    def _pass(self, batch: list[tuple[Request, int]]) -> list[Request]:
         counts = [n for _, n in batch]
         attend = Paged(self.cache, [r.sequence for r, _ in batch], counts)
         next_positions = attend.position_ids.split(counts)
-        rows = [self._rows(r, n, p) for (r, n), p in zip(batch, next_positions, strict=True)]
+        rows = [
+            next_rows(self.model, r, n, p) for (r, n), p in zip(batch, next_positions, strict=True)
+        ]
         embeds, positions = torch.cat([e for e, _ in rows]), torch.cat([p for _, p in rows], -1)
         hidden_states = self.model.language_model(embeds, positions, attend)
         ends = torch.tensor(counts).cumsum(0) - 1
-        speaks = [i for i, (r, n) in enumerate(batch) if r.done + n >= _rows_of(r)]
+        speaks = [i for i, (r, n) in enumerate(batch) if r.done + n >= rows_of(r)]
         tokens = self.model.logits(hidden_states[ends[speaks]]).argmax(-1).tolist()
         for request, count in batch:
             self._advance(request, count)
@@ -267,22 +284,9 @@ class Engine:
             self._say(batch[i][0], token)
         return [batch[i][0] for i in speaks]
 
-    def _rows(
-        self, request: Request, count: int, next_position: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings and positions of its next rows."""
-        assert request.embeds is not None and request.position_ids is not None
-        if request.done < len(request.embeds):
-            at = slice(request.done, request.done + count)
-            return request.embeds[at], request.position_ids[..., at]
-        weight = self.model.language_model.model.embed_tokens.weight
-        return weight[request.tokens[-1:]], next_position.expand(
-            *request.position_ids.shape[:-1], 1
-        )
-
     def _advance(self, request: Request, count: int) -> None:
         """Counts rows of a prompt; keeps its prefix when it is computed to the end."""
-        rows = _rows_of(request)
+        rows = rows_of(request)
         if request.done >= rows:
             return
         request.done += count
@@ -291,17 +295,15 @@ class Engine:
         if request.done == rows:
             following = int(request.position_ids.max()) + 1
             self.cache.set_next_position(request.sequence, following)
-            if request.key and request.key not in self._prefixes and not request.prefix_rows:
-                self._keep(request)
+            if request.key and not request.prefix_rows and not self._prefixes.get(request.key):
+                self._keep(request, request.key)
 
-    def _keep(self, request: Request) -> None:
+    def _keep(self, request: Request, key: str) -> None:
         """The prompt without the text behind its last medium."""
-        assert request.position_ids is not None and request.key is not None
-        rows = _rows_of(request) - len(text_behind(request))
-        sequence = self.cache.fork(request.sequence)
-        self.cache.truncate(sequence, rows)
+        assert request.position_ids is not None
+        rows = rows_of(request) - len(text_behind(request))
         following = int(request.position_ids[..., :rows].max()) + 1
-        self._prefixes[request.key] = Kept(sequence, rows, following)
+        self._prefixes.keep(key, request.sequence, rows, following)
 
     def _say(self, request: Request, token: int) -> None:
         if token == self.model.tokenizer.eos:
@@ -327,15 +329,12 @@ class Engine:
         setattr(self.counters, name, getattr(self.counters, name) + 1)
 
     def _evict(self, spare: str | None = None) -> bool:
-        """Lets go of the prefix that was used longest ago."""
-        for key in self._prefixes:
-            if key != spare:
-                self.cache.free(self._prefixes.pop(key).sequence)
-                self.counters.prefixes_evicted += 1
-                return True
-        return False
+        gone = self._prefixes.evict(spare)
+        self.counters.prefixes_evicted += gone
+        return gone
 
 
-def _rows_of(request: Request) -> int:
-    assert request.embeds is not None
-    return len(request.embeds)
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"Engine: {name} must be at least 1, got {value!r}")

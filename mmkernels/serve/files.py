@@ -4,7 +4,7 @@
 import json
 import warnings
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,11 +12,14 @@ import numpy as np
 import torch
 
 from mmkernels.models import MMLLM
+from mmkernels.models.transformers_vision import TransformersVision
+from mmkernels.models.vision import VisionEncoder
 from mmkernels.serve.engine import Engine
-from mmkernels.serve.request import Medium, Request, RequestError
+from mmkernels.serve.request import Medium, Request, RequestError, one_line
 
 MAX_PIXELS = 64_000_000
 MAX_SAMPLES = 10_000_000
+READ_AHEAD = 2  # times max_running: requests of a file in flight or waiting
 FIELDS = ("id", "prompt", "image", "video", "audio", "max_new_tokens")
 
 
@@ -73,8 +76,10 @@ def read_audio(path: Path, sampling_rate: int) -> torch.Tensor:
             content = file.readframes(frames)
     except OSError as error:
         raise RequestError(f"{path}: {error.strerror or error}") from None
-    except (wave.Error, EOFError) as error:
-        raise RequestError(f"{path}: not a WAV file: {error or 'truncated'}") from None
+    except (wave.Error, EOFError, RuntimeError) as error:  # RuntimeError: a chunk that ends nowhere
+        raise RequestError(f"{path}: not a WAV file: {str(error) or 'truncated'}") from None
+    except ValueError as error:  # a path that no file can have
+        raise RequestError(f"{path}: {error}") from None
     if len(content) != 2 * frames:
         raise RequestError(f"{path}: truncated: {len(content) // 2} of {frames} samples")
     return torch.from_numpy(np.frombuffer(content, "<i2").astype(np.float32) / 32768)
@@ -82,61 +87,113 @@ def read_audio(path: Path, sampling_rate: int) -> torch.Tensor:
 
 def media_of(model: MMLLM, fields: dict[str, Any]) -> list[Medium]:
     """The media a request names: ``image`` a path or a list of paths, ``video`` the paths of its frames, ``audio`` a
-    path; in this order."""
+    path; in this order.
+
+    Raises:
+        RequestError: The model takes none of that kind, or a file cannot be read; names field and file.
+    """
     media: list[Medium] = []
     images = fields.get("image", [])
     for path in [images] if isinstance(images, str | Path) else images:
-        media.append(("image", _named("image", read_image, path, model.image_size)))
+        media.append(("image", _named("image", read_image, path, _side(model, "image"))))
     if fields.get("video"):
-        frames = [_named("video", read_image, p, model.image_size) for p in fields["video"]]
+        side = _side(model, "video")
+        frames = [_named("video", read_image, path, side) for path in fields["video"]]
         media.append(("video", torch.stack(frames)))
-    if fields.get("audio"):
-        rate = model.sampling_rate
-        if rate is None:
-            raise RequestError("audio: the model has no ears")
-        media.append(("audio", _named("audio", read_audio, fields["audio"], rate)))
+    if fields.get("audio") is not None:
+        _check_takes(model, "audio")
+        assert model.sampling_rate is not None  # it has ears
+        media.append(("audio", _named("audio", read_audio, fields["audio"], model.sampling_rate)))
     return media
 
 
-def serve_lines(model: MMLLM, lines: Iterator[str], out: TextIO, engine: Engine) -> Engine:
+def _check_takes(model: MMLLM, modality: str) -> None:
+    if modality not in model.config.projectors:
+        raise RequestError(f"{modality}: the model takes {sorted(model.config.projectors)}")
+
+
+def _side(model: MMLLM, modality: str) -> int:
+    """Of the pictures that the modality's own encoder takes, in pixels."""
+    _check_takes(model, modality)
+    encoder = model.encoder(modality)
+    if isinstance(encoder, TransformersVision):
+        return int(encoder.model.config.image_size)
+    if isinstance(encoder, VisionEncoder):
+        return encoder.config.image_size
+    raise RequestError(f"{modality}: its encoder takes no pictures: {type(encoder).__name__}")
+
+
+def serve_lines(model: MMLLM, lines: Iterable[str], out: TextIO, engine: Engine) -> int:
     """A request a line → an answer a line, in the order they end: ``{id, text, finished}`` or ``{id, error}``.
 
-    A line that is no request fails alone.
+    Lines are read until ``READ_AHEAD`` × ``max_running`` requests are not answered; then one for each that ends. A line
+    that is no request fails alone.
+
+    Returns:
+        How many failed.
     """
-    names: dict[Request, Any] = {}
+    failed, names = 0, dict[Request, Any]()
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name: Any = number
-        try:
-            fields = _parsed(line)
-            name = fields.get("id", number)
-            request = engine.submit(
-                fields.get("prompt", ""), media_of(model, fields), fields.get("max_new_tokens", 48)
-            )
-        except RequestError as error:
-            _write(out, {"id": name, "error": str(error)})
-            continue
-        names[request] = name
+        if line.strip():
+            failed += not _submit(model, engine, (number, line), names, out)
+        while len(names) >= READ_AHEAD * engine.max_running:
+            failed += _step(engine, names, out)
     while names:
-        for request in engine.step():
-            if request.finished:
-                answer = {"text": request.text, "finished": request.finished}
-                _write(
-                    out,
-                    {"id": names.pop(request)}
-                    | ({"error": request.error} if request.error else answer),
-                )
-    return engine
+        failed += _step(engine, names, out)
+    return failed
 
 
-def _parsed(line: str) -> dict[str, Any]:
+def _submit(
+    model: MMLLM,
+    engine: Engine,
+    numbered: tuple[int, str],
+    names: dict[Request, Any],
+    out: TextIO,
+) -> bool:
+    """Queues the request of a line, or answers why not."""
+    name: Any = numbered[0]
+    try:
+        fields = _object(numbered[1])
+        name = _name(fields, name)
+        _check_fields(fields)
+        media, new = media_of(model, fields), fields.get("max_new_tokens", 48)
+        names[engine.submit(fields.get("prompt", ""), media, new)] = name
+    except Exception as error:  # whoever raised it, the other lines go on
+        _write(out, {"id": name, "error": one_line(error)})
+        return False
+    return True
+
+
+def _step(engine: Engine, names: dict[Request, Any], out: TextIO) -> int:
+    """Steps, writes what has ended; returns how many of those failed."""
+    ended = [r for r in engine.step() if r.finished and r in names]
+    for request in ended:
+        answer = {"text": request.text, "finished": request.finished}
+        error = {"error": request.error}
+        _write(out, {"id": names.pop(request)} | (error if request.error else answer))
+    return sum(r.error is not None for r in ended)
+
+
+def _object(line: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except ValueError as error:
         raise RequestError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise RequestError("not JSON: nested too deeply") from None
     if not isinstance(fields, dict):
         raise RequestError(f"must be an object, got {type(fields).__name__}")
+    return fields
+
+
+def _name(fields: dict[str, Any], number: int) -> str | int | float:
+    name = fields.get("id", number)
+    if not isinstance(name, str | int | float):
+        raise RequestError(f"id: must be text or a number, got {type(name).__name__}")
+    return name
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
     unknown = sorted(set(fields) - set(FIELDS))
     if unknown:
         raise RequestError(f"unknown fields {unknown}, known are {list(FIELDS)}")
@@ -147,7 +204,6 @@ def _parsed(line: str) -> dict[str, Any]:
             raise RequestError(f"{name}: must be a list of paths, got {value!r}")
     if not isinstance(fields.get("audio", ""), str):
         raise RequestError(f"audio: must be a path, got {fields['audio']!r}")
-    return fields
 
 
 def _named(field: str, read: Any, path: Any, size: int) -> torch.Tensor:
@@ -159,5 +215,5 @@ def _named(field: str, read: Any, path: Any, size: int) -> torch.Tensor:
 
 
 def _write(out: TextIO, values: dict[str, Any]) -> None:
-    out.write(json.dumps(values, ensure_ascii=False) + "\n")
+    out.write(json.dumps(values) + "\n")  # in ASCII: any id or path, on any terminal
     out.flush()

@@ -16,6 +16,15 @@ class RequestError(ValueError):
     """One line that names the field at fault; nothing has been queued."""
 
 
+def one_line(error: Exception) -> str:
+    """What went wrong, without newlines; an error that is not about a value says its type, too."""
+    lines = str(error).splitlines()
+    if isinstance(error, RequestError):
+        return " ".join(lines)  # our own words: only a path in them can have newlines
+    kind = [] if isinstance(error, ValueError) and lines else [type(error).__name__]
+    return ": ".join([*kind, *lines[:1]])
+
+
 @dataclass(eq=False)
 class Request:
     """``text`` grows while the engine steps; ``finished`` tells why it no longer does: ``"end"``, ``"length"``,
@@ -59,6 +68,11 @@ def checked(
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise RequestError(f"prompt: must be text, got {prompt!r}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # half a character, or a byte that is not UTF-8
+        got = f"{prompt[error.start]!r} at {error.start}"
+        raise RequestError(f"prompt: must be Unicode text, got {got}") from None
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise RequestError(f"max_new_tokens: must be at least 1, got {max_new_tokens!r}")
     for i, (modality, tensor) in enumerate(media):

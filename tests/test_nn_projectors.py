@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Projector modules against plain PyTorch transcriptions of their published math, and what folding must keep."""
 
+import functools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ import mmkernels
 from mmkernels import Norm
 from mmkernels.nn import AttentionPool, MLPProjector, PatchMerger, PerceiverResampler, Resampler
 from mmkernels.nn.resampler import sincos_tables
+from mmkernels.ops.cross_attention import cost
 
 Tensors = dict[str, torch.Tensor]
 
@@ -217,6 +219,30 @@ def test_packed_context_equals_each_sample_alone() -> None:
     for i, piece in enumerate(context.split(lengths)):
         alone = mmkernels.cross_attention(q[i : i + 1], piece[None], *w, num_heads=2)
         torch.testing.assert_close(packed[i : i + 1], alone)
+
+
+@pytest.mark.skipif(not cost.HALVES, reason="the CPU has no AMX")
+@pytest.mark.parametrize("case", ["perceiver", "packed", "many_samples", "long", "one_of_each"])
+def test_halves_give_a_sample_the_same_bits_alone(case: str) -> None:
+    """In bf16 on AMX: whatever group of heads and however many samples a row is computed with."""
+    B, Q, n, X, A, d = {
+        "perceiver": (9, 24, 37, 48, 4, 12), "packed": (3, 2, 9, 64, 4, 32), "many_samples": (40, 3, 15, 64, 4, 16),
+        "long": (2, 5, 729, 96, 3, 24), "one_of_each": (2, 1, 1, 1, 1, 1),
+    }[case]  # fmt: skip
+    g = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(shape, generator=g).bfloat16()
+    query, context, latents = (
+        new(B, Q, A * d),
+        new(B, n, X),
+        new(B, 2, X) if case == "perceiver" else None,
+    )
+    w_k, w_v = new(A * d, X), new(A * d, X)
+    run = functools.partial(mmkernels.cross_attention, num_heads=A, algorithm="absorbed")
+    whole = run(query, context, w_k, w_v, latents=latents)
+    for b in range(B):
+        more = None if latents is None else latents[b : b + 1]
+        alone = run(query[b : b + 1], context[b : b + 1], w_k, w_v, latents=more)
+        assert torch.equal(alone[0], whole[b]), b
 
 
 def test_modules_run_under_autocast_and_compile() -> None:

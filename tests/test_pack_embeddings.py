@@ -171,7 +171,7 @@ def test_out_takes_the_merged_rows() -> None:
     for bad, message in (
         (torch.empty(2, 3, 7), r"out must be \[\*input_ids.shape, D\]"),
         (torch.empty(2, 3, 16)[..., ::2], "out must be contiguous"),
-        (torch.empty(2, 3, 8).half(), "out must be of the dtype of the embeddings"),
+        (torch.empty(2, 3, 8).half(), "out must be of the dtype of the result"),
     ):
         with pytest.raises(ValueError, match=message):
             mmkernels.merge_embeddings(ids, weight, [feature], **call, out=bad)

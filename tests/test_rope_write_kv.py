@@ -353,6 +353,7 @@ def test_what_a_gpu_found_wrong_is_raised_when_asked(monkeypatch: pytest.MonkeyP
         "axis": r"mrope: axis\[7\] is -1, expected a row of position_ids in \[0, 3\)",
     }
     none = lambda device: [0, 0, 0, 0]  # a build with CUDA has a poll, and wants a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mmkernels, "merge_embeddings_poll", none, raising=False)
     for name, word in found.items():
         monkeypatch.setattr(

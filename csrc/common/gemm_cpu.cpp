@@ -321,6 +321,16 @@ void put_row(bf16* to, const bf16 (*stage)[kStage]) {
   memcpy(static_cast<void*>(to), pairs, sizeof pairs);
 }
 
+// A square of a packed block straight from rows of B: no stage, where nothing is at an edge.
+MMK_MULTIARCH void interleave(bf16* to, const bf16* from, int64_t stride) {
+  for (int64_t k = 0; k < kStage; k += 2, from += 2 * stride, to += 2 * kColumns) {
+    uint32_t pairs[kColumns];
+    for (int64_t c = 0; c < kColumns; ++c)
+      pairs[c] = from[c].bits | static_cast<uint32_t>(from[stride + c].bits) << 16;
+    memcpy(static_cast<void*>(to), pairs, sizeof pairs);
+  }
+}
+
 template <class E> struct Unit { using type = uint32_t; };  // float; bf16 in B is moved in pairs
 template <> struct Unit<double> { using type = uint64_t; };
 
@@ -338,6 +348,8 @@ void pack_b(E* to, const S* b, int64_t N, int64_t K, int64_t stride_n, int64_t s
     const S* from = b + j * kColumns * stride_n + k * stride_k;
     E* block = to + (j * stored + k) * kColumns;
     const int64_t columns = N - j * kColumns, rows = min64(kStage, stored - k);
+    if constexpr (std::is_same_v<E, bf16>)
+      if (by_k && columns >= kColumns && K - k >= kStage) return interleave(block, from, stride_k);
     if (by_k) {
       gather(stage, from, K - k, columns, stride_k, stride_n);
       for (int64_t r = 0; r < rows; r += kTogether) put_row(block + r * kColumns, stage + r);

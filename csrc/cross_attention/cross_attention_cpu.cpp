@@ -2,16 +2,19 @@
 // Absorbed cross-attention on CPU: q' = q·W_k, S = q'·Xᵀ, Z = softmax(S)·X, out = Z·W_vᵀ. Neither K nor V is
 // formed. A thread takes one group of heads of one sample from end to end, so q', S and Z stay in its cache; where a
 // head has few queries, what multiplies with weights (q', out) is one product for many samples instead. Products by
-// torch's GEMM in fp32 (fp64 for float64), so q' and Z never round to 16 bits.
+// torch's GEMM in fp32 (fp64 for float64), so q' and Z never round to 16 bits; a forward in bf16 on AMX splits them into
+// two halves (halves.h).
 #include <algorithm>
 
 #include "../common/aten.h"
 #include "cross_attention.h"
+#include "halves.h"
 
 namespace mmkernels::cross_attention {
 namespace {
 
 constexpr int64_t kGroupRows = 64;  // score rows of a group of heads: enough for the GEMM, small for the cache
+constexpr int64_t kHalvesRows = 192;  // the same for halves, which pack the context once for each group
 constexpr int64_t kFewQueries = 16;  // below, weights are read once for many samples
 constexpr int64_t kTogetherBytes = 8 << 20;  // of q' or Z of the samples of one such product
 
@@ -112,13 +115,15 @@ struct Problem {
   F kept;            // what dropout multiplies the probabilities it keeps by
   ScalarType acc;
   Tensor context, latents;  // [B, own, X] or [T, X] and, perhaps, [B, n - own, X], in their own dtype
+  bool halves;       // products by halves.h: w_k, w_v packed by head, query as given
   Tensor w_k, w_v;   // [A·d, X]
   Tensor query;      // scaled, [B or 1, Q, A·d]
+  F scale;           // what scores are still to be multiplied by
   int64_t heads;     // in a group
 
   Problem(const Shape& shape, const Tensor& q, const Tensor& x, const OptionalTensor& more, const Tensor& key_weight,
-          const Tensor& value_weight, const OptionalTensor& m, const OptionalTensor& dropout_mask, double scale,
-          double dropout_p)
+          const Tensor& value_weight, const OptionalTensor& m, const OptionalTensor& dropout_mask, double factor,
+          double dropout_p, bool forward)
       : s(shape),
         mask(mask_of(m, s)),
         dropout(dropout_of(dropout_mask, s)),
@@ -126,14 +131,18 @@ struct Problem {
         acc(accumulation(q)),
         context(aligned(x)),
         latents(more ? torch::stable::contiguous(*more) : context),
-        w_k(widened(key_weight, acc)),
-        w_v(widened(value_weight, acc)),
-        query(torch::stable::clone(widened(q, acc))),
-        heads(std::max<int64_t>(1, std::min(s.A, kGroupRows / std::max<int64_t>(1, s.Q)))) {
+        halves(forward && std::is_same_v<T, bf16> && gemm::isa() == gemm::Isa::amx_bf16),
+        w_k(halves ? packed(key_weight, true) : widened(key_weight, acc)),
+        w_v(halves ? packed(value_weight, false) : widened(value_weight, acc)),
+        query(halves ? torch::stable::contiguous(q) : torch::stable::clone(widened(q, acc))),
+        scale(static_cast<F>(halves ? factor : 1)),
+        heads(std::max<int64_t>(1, std::min(s.A, group_rows() / std::max<int64_t>(1, s.Q)))) {
     F* p = mutable_data<F>(query);
-    for (int64_t i = 0; i < query.numel(); ++i) p[i] *= static_cast<F>(scale);
+    for (int64_t i = 0; !halves && i < query.numel(); ++i) p[i] *= static_cast<F>(factor);
   }
 
+  // Halves give a row the same bits in any group: theirs may be large where enough are left for all threads.
+  int64_t group_rows() const { return halves && s.B * s.rows() >= 8 * kHalvesRows ? kHalvesRows : kGroupRows; }
   int64_t groups() const { return ceil_div(s.A, heads); }
   // Samples whose products with the weights are done together: enough to be more rows than a head's queries are.
   int64_t together() const {
@@ -183,10 +192,54 @@ struct Problem {
   }
   int64_t context_scratch() const { return std::is_same_v<T, F> && s.own == s.n ? 0 : s.n * s.X; }
 
+  Halves halves_of(int64_t rows) const { return {rows, s.n, s.X, s.d, s.own != s.n}; }
+  int64_t halves_scratch(int64_t rows) const { return halves ? halves_of(rows).floats() : 0; }
+  Tensor packed(const Tensor& weight, bool of_keys) const {
+    const Halves h = halves_of(0);
+    const Tensor w = torch::stable::contiguous(weight);
+    const int64_t size = of_keys ? h.key_elements() : h.value_elements();
+    const Tensor to = empty(w, {s.A, size});
+    torch::stable::parallel_for(0, s.A, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) {
+        bf16* const at = mutable_data<bf16>(to) + head * size;
+        const bf16* const from = data<bf16>(w) + head * s.d * s.X;
+        of_keys ? h.pack_key(at, from) : h.pack_value(at, from);
+      }
+    });
+    return to;
+  }
+  const bf16* packed_of(const Tensor& w, int64_t head) const { return data<bf16>(w) + head * w.size(1); }
+  // Context of sample b as halves read it.
+  const bf16* halves_context_of(const Halves& h, int64_t b, float* memory) const {
+    const bf16* x = data<bf16>(context) + s.first_of(b) * s.X;
+    if (!h.copies()) return x;
+    bf16* const to = h.copy(memory);
+    const int64_t ld = h.context_stride(), own = s.own_of(b);
+    for (int64_t j = 0; j < s.n_of(b); ++j) {
+      const bf16* from = j < own ? x + j * s.X : data<bf16>(latents) + (b * s.latents() + j - own) * s.X;
+      memcpy(static_cast<void*>(to + j * ld), from, s.X * sizeof(bf16));
+      std::fill(to + j * ld + s.X, to + (j + 1) * ld, bf16{});
+    }
+    return to;
+  }
+  // q' of `samples` rows (or a sample's queries) of head h, `stride` apart in the query.
+  void absorb_halves(F* to, int64_t ld, int64_t first, int64_t stride, int64_t rows, int64_t h, F* memory) const {
+    if constexpr (std::is_same_v<T, bf16>)
+      halves_of(rows).absorb(to, ld, data<bf16>(query) + first, stride, rows, packed_of(w_k, h), memory);
+  }
+  // out of rows of Z of head h
+  void project_halves(F* to, const F* z, int64_t stride, int64_t rows, int64_t h, F* memory) const {
+    if constexpr (std::is_same_v<T, bf16>) halves_of(rows).project(to, z, stride, rows, packed_of(w_v, h), memory);
+  }
+
   // Masked scores of the group's rows: scores [heads·Q, n] = q' · Xᵀ.
   void score(F* scores, const F* absorbed, const F* x, int64_t b, int64_t g) const {
     const int64_t rows = heads_in(g) * s.Q, n = s.n_of(b);
     mm_out(matrix(absorbed, rows, s.X), transposed(x, n, s.X), matrix(scores, rows, n));
+    add_mask(scores, b, g);
+  }
+  void add_mask(F* scores, int64_t b, int64_t g) const {
+    const int64_t rows = heads_in(g) * s.Q, n = s.n_of(b);
     for (int64_t r = 0; mask.kind != Mask::kNone && r < rows; ++r)
       mask.add_to(scores + r * n, mask.row(b, g * heads + r / s.Q, r % s.Q), n);
   }
@@ -240,28 +293,63 @@ void store_row(const Tensor& out, int64_t b, int64_t head, int64_t q, const F* r
   }
 }
 
-// Z of one group of heads of one sample, from its q'; scratch: context, scores.
+// Z of one group of heads of one sample, from its q'; scratch: context (and what halves need), scores.
 template <class T, class F>
 void attend(const Problem<T>& p, int64_t b, int64_t g, const F* q, F* z, F* lse, Scratch<F>& memory) {
   const Shape& s = p.s;
   const int64_t count = p.heads_in(g) * s.Q, n = s.n_of(b);
   F* scores = memory.at[1];
+  const auto probabilities = [&] {
+    for (int64_t r = 0; r < count; ++r) {
+      lse[r] = softmax_row(scores + r * n, n);
+      p.drop(scores + r * n, b, g, r);
+    }
+  };
+  if constexpr (std::is_same_v<T, bf16>)
+    if (p.halves) {
+      const Halves halves = p.halves_of(p.heads * s.Q);
+      const bf16* x = p.halves_context_of(halves, b, memory.at[0]);
+      halves.scores(scores, q, count, p.scale, x, n, memory.at[0]);
+      p.add_mask(scores, b, g);
+      probabilities();
+      return halves.values(z, scores, count, x, n, memory.at[0]);
+    }
   const F* x = p.context_of(b, memory.at[0]);
   p.score(scores, q, x, b, g);
-  for (int64_t r = 0; r < count; ++r) {
-    lse[r] = softmax_row(scores + r * n, n);
-    p.drop(scores + r * n, b, g, r);
-  }
+  probabilities();
   mm_out(p.matrix(scores, count, n), p.matrix(x, n, s.X), p.matrix(z, count, s.X));
+}
+template <class T>
+int64_t attend_scratch(const Problem<T>& p) {
+  return p.halves ? p.halves_scratch(p.heads * p.s.Q) : p.context_scratch();
+}
+
+// q' of one group of heads of one sample.
+template <class T, class F>
+void absorb(const Problem<T>& p, int64_t b, int64_t g, F* to, F* memory) {
+  const Shape& s = p.s;
+  if (!p.halves) return bmm_out(p.query_of(b, g), p.weight_of(p.w_k, g), p.by_head(to, g, s.X));
+  for (int64_t k = 0; k < p.heads_in(g); ++k) {
+    const int64_t h = g * p.heads + k;
+    p.absorb_halves(to + k * s.Q * s.X, s.X, b * p.block() + h * s.d, s.A * s.d, s.Q, h, memory);
+  }
+}
+// Its output, [heads, Q, d], from its Z.
+template <class T, class F>
+void project(const Problem<T>& p, int64_t g, const F* z, F* to, F* memory) {
+  const Shape& s = p.s;
+  if (!p.halves) return bmm_out(p.by_head(z, g, s.X), p.weight_of_transposed(p.w_v, g), p.by_head(to, g, s.d));
+  for (int64_t k = 0; k < p.heads_in(g); ++k)
+    p.project_halves(to + k * s.Q * s.d, z + k * s.Q * s.X, s.X, s.Q, g * p.heads + k, memory);
 }
 
 template <class T>
 Tensor absorb_shared(const Problem<T>& p, const Tensor& like) {
   using F = acc_t<T>;
   const Tensor absorbed = empty(like, {p.s.rows(), p.s.X});
-  for_each_block(p.groups(), [] { return 0; }, [&](int64_t g, int) {
-    F* to = mutable_data<F>(absorbed) + g * p.heads * p.s.Q * p.s.X;
-    bmm_out(p.query_of(0, g), p.weight_of(p.w_k, g), p.by_head(to, g, p.s.X));
+  const auto scratch = [&] { return Scratch<F>(like, p.acc, {p.halves_scratch(p.s.Q)}); };
+  for_each_block(p.groups(), scratch, [&](int64_t g, Scratch<F>& memory) {
+    absorb(p, 0, g, mutable_data<F>(absorbed) + g * p.heads * p.s.Q * p.s.X, memory.at[0]);
   });
   return absorbed;
 }
@@ -272,16 +360,16 @@ void forward_groups(const Problem<T>& p, const OptionalTensor& value_bias, const
   const Shape& s = p.s;
   const int64_t rows = p.heads * s.Q;
   const auto scratch = [&] {
-    return Scratch<F>(out, p.acc, {p.context_scratch(), rows * s.n, rows * s.X, rows * s.X, rows * s.d});
+    return Scratch<F>(out, p.acc, {attend_scratch(p), rows * s.n, rows * s.X, rows * s.X, rows * s.d});
   };
   const Tensor absorbed = s.shared ? absorb_shared(p, lse) : lse;
   for_each_block(s.B * p.groups(), scratch, [&](int64_t i, Scratch<F>& memory) {
     const int64_t b = i / p.groups(), g = i % p.groups();
     F *q = memory.at[2], *z = memory.at[3], *heads = memory.at[4];
     F* lse_g = mutable_data<F>(lse) + b * s.rows() + g * rows;
-    if (!s.shared) bmm_out(p.query_of(b, g), p.weight_of(p.w_k, g), p.by_head(q, g, s.X));
+    if (!s.shared) absorb(p, b, g, q, memory.at[0]);
     attend(p, b, g, s.shared ? data<F>(absorbed) + g * rows * s.X : q, z, lse_g, memory);
-    bmm_out(p.by_head(z, g, s.X), p.weight_of_transposed(p.w_v, g), p.by_head(heads, g, s.d));
+    project(p, g, z, heads, memory.at[0]);
     for (int64_t r = 0; r < p.heads_in(g) * s.Q; ++r)
       store_row(out, b, g * p.heads + r / s.Q, r % s.Q, heads + r * s.d, data<T>(value_bias), lse, p);
   });
@@ -296,13 +384,17 @@ void forward_together(const Problem<T>& p, const OptionalTensor& value_bias, con
   const int64_t rows = p.heads * s.Q, wide = s.rows() * s.X, most = p.together();
   const Tensor absorbed = s.shared ? absorb_shared(p, lse) : empty(lse, {most, s.rows(), s.X});
   const Tensor z = empty(lse, {most, s.rows(), s.X});
-  const auto attending = [&] { return Scratch<F>(out, p.acc, {p.context_scratch(), rows * s.n}); };
-  const auto of_heads = [&] { return Scratch<F>(out, p.acc, {most * s.d}); };
+  const auto attending = [&] { return Scratch<F>(out, p.acc, {attend_scratch(p), rows * s.n}); };
+  const auto of_heads = [&] { return Scratch<F>(out, p.acc, {most * s.d, p.halves_scratch(most)}); };
   for (int64_t first = 0; first < s.B; first += most) {
     const int64_t count = std::min(most, s.B - first);
     if (!s.shared)
-      for_each_block(s.A, [] { return 0; }, [&](int64_t h, int) {
-        p.widen_together(data<F>(p.query) + first * p.block(), p.w_k, count, h, mutable_data<F>(absorbed), wide);
+      for_each_block(s.A, of_heads, [&](int64_t h, Scratch<F>& memory) {
+        F* const to = mutable_data<F>(absorbed);
+        if (!p.halves) return p.widen_together(data<F>(p.query) + first * p.block(), p.w_k, count, h, to, wide);
+        for (int64_t q = 0; q < s.Q; ++q)
+          p.absorb_halves(to + (h * s.Q + q) * s.X, wide, first * p.block() + (q * s.A + h) * s.d, p.block(), count, h,
+                          memory.at[1]);
       });
     for_each_block(count * p.groups(), attending, [&](int64_t i, Scratch<F>& memory) {
       const int64_t sample = i / p.groups(), g = i % p.groups(), b = first + sample, at = g * rows * s.X;
@@ -312,8 +404,12 @@ void forward_together(const Problem<T>& p, const OptionalTensor& value_bias, con
     });
     for_each_block(s.A, of_heads, [&](int64_t h, Scratch<F>& memory) {
       for (int64_t q = 0; q < s.Q; ++q) {
-        mm_out(blob(data<F>(z) + (h * s.Q + q) * s.X, {count, s.X}, {wide, 1}, p.acc),
-               p.transposed(data<F>(p.w_v) + h * s.d * s.X, s.d, s.X), p.matrix(memory.at[0], count, s.d));
+        const F* const rows_of_z = data<F>(z) + (h * s.Q + q) * s.X;
+        if (p.halves)
+          p.project_halves(memory.at[0], rows_of_z, wide, count, h, memory.at[1]);
+        else
+          mm_out(blob(rows_of_z, {count, s.X}, {wide, 1}, p.acc),
+                 p.transposed(data<F>(p.w_v) + h * s.d * s.X, s.d, s.X), p.matrix(memory.at[0], count, s.d));
         for (int64_t i = 0; i < count; ++i)
           store_row(out, first + i, h, q, memory.at[0] + i * s.d, data<T>(value_bias), lse, p);
       }
@@ -335,7 +431,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, c
   if (out.numel() == 0) return {out, lse};
   dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
     using T = pointee<decltype(tag)>;
-    const Problem<T> problem(s, query, context, latents, w_k, w_v, mask, dropout, scale, dropout_p);
+    const Problem<T> problem(s, query, context, latents, w_k, w_v, mask, dropout, scale, dropout_p, true);
     const auto run = problem.few_queries(problem.together()) ? forward_together<T> : forward_groups<T>;
     run(problem, contiguous(value_bias), out, lse);
   });
@@ -580,7 +676,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (s.B * s.Q * s.n * s.X != 0)
     dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
       using T = pointee<decltype(tag)>;
-      const Problem<T> problem(s, query, context, latents, w_k, w_v, mask, dropout, scale, dropout_p);
+      const Problem<T> problem(s, query, context, latents, w_k, w_v, mask, dropout, scale, dropout_p, false);
       Backward<T>(problem, grad, aligned(lse), scale, needs, grads).run();
     });
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6]};

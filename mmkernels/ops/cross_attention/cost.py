@@ -3,10 +3,12 @@
 
 Per image and head, in multiply-adds: projecting costs ``2·n·d·X + 2·Q·n·d``; absorbing costs
 ``2·Q·d·X`` (q' and the output) ``+ 2·Q·n·X`` (scores and P·X), each charged more than projected work of equal size
-(its GEMMs are smaller, and q' and P·X stay fp32 or hi + lo), and, whatever Q, a reading of the weights (``d·X``) and
+(its GEMMs are smaller, and q' and P stay fp32 or hi + lo), and, whatever Q, a reading of the weights (``d·X``) and
 of the context (``n·X``). The rule sees shapes, dtype, device and whether there will be a backward, never batch or
 threads. Fitted to ``benchmarks/queries.py``.
 """
+
+import os
 
 import torch
 
@@ -18,6 +20,11 @@ _CHARGES = {
     ("cpu", True, False): (6.6, 10, 30),
     ("cpu", True, True): (4.4, 5, 65),
 }
+# Forward in bf16 on AMX, where both algorithms multiply bf16 (2026-11-30); a context larger than a core's second cache
+# comes from the third for every group of heads.
+_HALVES = (2.2, 20, 25)
+_HALVES_FAR = (2.2, 20, 60)
+_SECOND_CACHE = 1 << 20  # values of bf16: 2 MB
 _GPU = {False: (1.3, 0, 0), True: (4.5, 0, 0)}
 
 
@@ -30,6 +37,12 @@ def _slow_on_cpu() -> frozenset[torch.dtype]:
 
 
 SLOW_ON_CPU = _slow_on_cpu()
+# Whether csrc/cross_attention/halves.h runs: by what the CPU and MMKERNELS_ISA say, as the kernel itself does.
+HALVES = torch.cpu._is_amx_tile_supported() and os.environ.get("MMKERNELS_ISA") in (
+    None,
+    "",
+    "amx_bf16",
+)
 
 
 def absorbs(
@@ -39,7 +52,10 @@ def absorbs(
     if device == "cpu" and dtype in SLOW_ON_CPU:
         return True
     half = dtype in (torch.float16, torch.bfloat16)
-    work, of_weights, of_context = _CHARGES.get((device, half, training), _GPU[half])
+    charges = _CHARGES.get((device, half, training), _GPU[half])
+    if HALVES and device == "cpu" and dtype == torch.bfloat16 and not training:
+        charges = _HALVES_FAR if n * X > _SECOND_CACHE else _HALVES
+    work, of_weights, of_context = charges
     projected = 2 * n * d * X + 2 * Q * n * d
     absorbed = work * (2 * Q * d * X + 2 * Q * n * X) + of_weights * d * X + of_context * n * X
     return absorbed < projected

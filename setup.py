@@ -96,7 +96,7 @@ class Build(build_ext):
         cache = (build / "CMakeCache.txt").read_text()
         return {
             "torch_headers": _torch_version(torch),
-            "stable_abi_target": "2.10",
+            "stable_abi_target": "2.11",
             "cxx": _cached(cache, "CMAKE_CXX_COMPILER"),
             "nvcc": _cached(cache, "CMAKE_CUDA_COMPILER"),
             "cuda_archs": _cached(cache, "MMK_CUDA_ARCHS"),

@@ -26,6 +26,7 @@ from mmkernels.ops.cross_attention import flops  # noqa: F401 (registers the op'
 from mmkernels.testing import Case, timing
 
 ABSORBED = (  # case, direction, frozen
+    ("siglip_map_head", "fwd", ""),
     ("blip2_layer", "fwd", ""),
     ("video_qformer", "fwd", ""),
     ("granite_window", "fwd", ""),

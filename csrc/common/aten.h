@@ -13,6 +13,9 @@
 #endif
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -58,12 +61,48 @@ inline void ask_for_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
+// A block of malloc's, 64 bytes behind its beginning at least and aligned to a cache line; the beginning lies before it.
+inline void* aligned_block(int64_t bytes) {
+  constexpr uintptr_t kLine = 64;
+  void* const block = std::malloc(static_cast<size_t>(bytes) + 2 * kLine);
+  if (!block) throw std::bad_alloc();
+  void** const from = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(block) + 2 * kLine - 1) & ~(kLine - 1));
+  from[-1] = block;
+  return from;
+}
+inline void free_block(void* p) { std::free(static_cast<void**>(p)[-1]); }
+
+inline int64_t bytes_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: case ScalarType::Long: return 8;
+    case ScalarType::Float: case ScalarType::Int: return 4;
+    case ScalarType::Half: case ScalarType::BFloat16: return 2;
+    default: return 1;
+  }
+}
+
+// Blocks of megabytes on CPU come from malloc: torch's allocator calls posix_memalign, which in glibc before 2.38 may
+// never take a freed one again (bug 14581): then every call grows the process, or maps and faults its output anew.
 inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
-  const Tensor made = torch::stable::new_empty(like, sizes, dtype);
-  ask_for_huge_pages(made.data_ptr(), made.numel() * static_cast<int64_t>(made.element_size()));
-  return made;
+  constexpr int64_t kOwn = 1 << 20;
+  Sizes strides(sizes.size());
+  int64_t count = 1;
+  for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) strides[i] = count;
+  const int64_t bytes = count * bytes_of(dtype);
+  if (!like.is_cpu() || bytes < kOwn) return torch::stable::new_empty(like, sizes, dtype);
+  void* const block = aligned_block(bytes);
+  ask_for_huge_pages(block, bytes);
+  return torch::stable::from_blob(block, sizes, strides, like.device(), dtype, &free_block);
 }
 inline Tensor empty(const Tensor& like, const Sizes& sizes) { return empty(like, sizes, like.scalar_type()); }
+inline Tensor zeros(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
+  const Tensor made = empty(like, sizes, dtype);
+  char* const first = mutable_data<char>(made);
+  const int64_t bytes = made.numel() * bytes_of(dtype), part = 1 << 20;
+  torch::stable::parallel_for(0, bytes, part, [&](int64_t begin, int64_t end) { memset(first + begin, 0, end - begin); });
+  return made;
+}
+inline Tensor zeros(const Tensor& like, const Sizes& sizes) { return zeros(like, sizes, like.scalar_type()); }
 inline OptionalTensor contiguous(const OptionalTensor& t) {
   return t ? OptionalTensor(torch::stable::contiguous(*t)) : std::nullopt;
 }

@@ -471,9 +471,9 @@ class Backward {
         dq_(empty(lse, {s_.A, chunk_ * s_.Q, s_.X})),
         grad_rows_(empty(lse, {s_.A, chunk_ * s_.Q, s_.d})),
         query_rows_(empty(lse, {s_.A, chunk_ * s_.Q, s_.d})),
-        d_query_(torch::stable::new_zeros(lse, Sizes{s_.Q, s_.A * s_.d})),
-        dw_k_(torch::stable::new_zeros(lse, Sizes{needs[3] ? s_.A * s_.d : 0, s_.X})),
-        dw_v_(torch::stable::new_zeros(lse, Sizes{needs[4] ? s_.A * s_.d : 0, s_.X})),
+        d_query_(mmkernels::zeros(lse, Sizes{s_.Q, s_.A * s_.d})),
+        dw_k_(mmkernels::zeros(lse, Sizes{needs[3] ? s_.A * s_.d : 0, s_.X})),
+        dw_v_(mmkernels::zeros(lse, Sizes{needs[4] ? s_.A * s_.d : 0, s_.X})),
         d_bias_(s_.A * s_.d, 0.0) {}
 
   void run() {
@@ -666,13 +666,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
          ", ", s.Q, "], float32 (float64 of float64 queries)");
   if (needs.size() != 7) fail("cross_attention_backward: needs must be 7 answers, got ", needs.size());
   const auto zeros = [&](size_t i, Sizes sizes) {
-    return torch::stable::new_zeros(query, needs[i] ? sizes : Sizes{0});
+    return mmkernels::zeros(query, needs[i] ? sizes : Sizes{0});
   };
   const Sizes weight = {s.A * s.d, s.X};
   const std::vector<Tensor> grads = {
       zeros(0, s.shared ? Sizes{s.Q, s.A * s.d} : Sizes{s.B, s.Q, s.A * s.d}), zeros(1, {context.sizes().begin(), context.sizes().end()}),
       zeros(2, {s.B, s.n - s.own, s.X}), zeros(3, weight), zeros(4, weight), zeros(5, {s.A * s.d}),
-      torch::stable::new_zeros(lse, needs[6] ? Sizes{s.B, s.A, s.Q, s.n} : Sizes{0})};
+      mmkernels::zeros(lse, needs[6] ? Sizes{s.B, s.A, s.Q, s.n} : Sizes{0})};
   if (s.B * s.Q * s.n * s.X != 0)
     dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
       using T = pointee<decltype(tag)>;

@@ -320,13 +320,13 @@ std::tuple<Tensor, std::vector<Tensor>> backward(
   const int64_t* source = data<int64_t>(row_source);
   const int64_t count = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
   const bool all_placed = check_sources("merge_embeddings_backward: ", row_source, vocab ? vocab : T, count) == count;
-  Tensor d_text = needs[0] && vocab ? torch::stable::new_zeros(grad, Sizes{vocab, D})
+  Tensor d_text = needs[0] && vocab ? mmkernels::zeros(grad, Sizes{vocab, D})
                                     : empty(grad, needs[0] ? Sizes{T, D} : Sizes{0});
   std::vector<Tensor> d_features;
   std::vector<char*> to;
   for (size_t m = 0; m < lengths.size(); ++m) {
     const Sizes sizes = needs[1 + m] ? Sizes{lengths[m], D} : Sizes{0};
-    d_features.push_back(all_placed ? empty(grad, sizes) : torch::stable::new_zeros(grad, sizes));
+    d_features.push_back(all_placed ? empty(grad, sizes) : mmkernels::zeros(grad, sizes));
     to.push_back(needs[1 + m] ? mutable_data<char>(d_features[m]) : nullptr);
   }
   dispatch_float("merge_embeddings", grad.scalar_type(), [&](auto* tag) {

@@ -60,7 +60,7 @@ class Sums {
     units_ = units_of(x.plan.patch, x.plan.images, kPanelRows / 4);
     panels_ = panels_of(x.plan.patch, x.plan.images, units_, kPanelRows);
     const auto sums = [&](bool need, int64_t rows, int64_t columns) {
-      return torch::stable::new_zeros(x.weight, {need ? rows * columns : 0}, dtype_of<A>());
+      return mmkernels::zeros(x.weight, {need ? rows * columns : 0}, dtype_of<A>());
     };
     d_weight_ = sums(x.needs.weight, x.D, ldw_), d_bias_ = sums(x.needs.bias, 1, x.D);
     d_tables_ = sums(x.needs.positions, x.positions.rows() + x.positions.plane_rows(), x.D);
@@ -306,7 +306,7 @@ std::vector<Tensor> zeros_of_tables(const Tensor& weight, const Sizes& shape, Mo
   const int64_t D = weight.size(0);
   const auto zeros = [&](Sizes sizes) {
     sizes.push_back(D);
-    return torch::stable::new_zeros(weight, sizes);
+    return mmkernels::zeros(weight, sizes);
   };
   if (mode == Mode::factorised) return {zeros({shape[0]}), zeros({shape[1]})};
   return {zeros(shape)};
@@ -337,7 +337,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor, std::vector<Tensor>, Tensor> bac
   const ScalarType pixels = images.empty() ? ScalarType::Byte : images[0].scalar_type();
   const Needs needs{needed[0], needed[1], needed[2], needed[3], needed[4]};
   const auto zeros = [&](bool need, const Sizes& sizes) {
-    return torch::stable::new_zeros(weight, need ? sizes : Sizes{0});
+    return mmkernels::zeros(weight, need ? sizes : Sizes{0});
   };
   std::vector<Tensor> d_images;
   for (const Tensor& image : images) {

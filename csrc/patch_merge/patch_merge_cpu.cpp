@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& f
   const OptionalTensor index = contiguous(index_), weight = contiguous(weight_), bias = contiguous(bias_);
   const bool covered = !index || check(s, data<int64_t>(*index)) == s.N;
   const auto zeros = [&](bool need, const Sizes& sizes) {
-    return torch::stable::new_zeros(features, need ? sizes : Sizes{0});
+    return mmkernels::zeros(features, need ? sizes : Sizes{0});
   };
   const Tensor d_features = covered ? empty(features, needs[0] ? Sizes{s.N, s.C} : Sizes{0})
                                     : zeros(needs[0], {s.N, s.C});

@@ -22,7 +22,9 @@ AT_CEILING = (
 )
 NEW_MEMORY = "the output is new memory, the ceiling's copy goes to old memory"
 FLOPS_STAY = "sharing saves bytes, not FLOPs"
-SIXTEEN_BITS = "absorption multiplies fp32 values, in fp32 or (forwards in bf16 on AMX) as two halves, eager bf16 once (DESIGN.md)"
+SIXTEEN_BITS = (
+    "absorption multiplies fp32 values (on AMX two bf16 halves), eager bf16 ones (DESIGN.md)"
+)
 UNSHARED = "without sharing ours takes longer than eager's padded batch (the row's `not shared`)"
 
 

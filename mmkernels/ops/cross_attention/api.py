@@ -73,8 +73,8 @@ def cross_attention(
     Raises:
         ValueError, TypeError: Names argument, got, expected.
 
-    Numerics: absorbed, q' and P·X stay in fp32, the softmax is fp32; one rounding at the end.
-        ``context_norm`` rounds to the dtype, as the module does.
+    Numerics: absorbed, q' and P·X stay in fp32 (a forward in bf16 on AMX: in two bf16 halves, 2⁻¹⁷), the softmax is
+        fp32; one rounding at the end. ``context_norm`` rounds to the dtype, as the module does.
 
     Source: BLIP-2 (Li et al. 2023) ``Blip2QFormerMultiHeadAttention`` with ``encoder_hidden_states``;
         ``Idefics2PerceiverAttention``, ``AriaCrossAttention``; Flamingo (Alayrac et al. 2022); absorption as in

@@ -11,7 +11,9 @@
 
 // One body compiled for several instruction sets, chosen by CPU features when the library is loaded
 // (arch=haswell would be chosen by vendor and model, so never on AMD).
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+// Not under ASan and TSan, before which the resolvers would run.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
 #define MMK_MULTIARCH \
   __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else

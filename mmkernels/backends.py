@@ -35,8 +35,8 @@ _VARIABLES = {  # of the environment, read once
     "MMKERNELS_STRICT": ("0", "1"),
     "MMKERNELS_ISA": ("", "generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"),
 }
-_environment = {name: os.environ.get(name) or values[0] for name, values in _VARIABLES.items()}
-for _name, _value in _environment.items():
+ENVIRONMENT = {name: os.environ.get(name) or values[0] for name, values in _VARIABLES.items()}
+for _name, _value in ENVIRONMENT.items():
     if _value not in _VARIABLES[_name]:
         raise ValueError(f"{_name}: expected one of {_VARIABLES[_name]}, got {_value!r}")
 
@@ -44,7 +44,7 @@ for _name, _value in _environment.items():
 @dataclass
 class _State:
     native_error: str = "not loaded yet"  # empty once the native library is in
-    forced_reference: bool = _environment["MMKERNELS_BACKEND"] == "reference"
+    forced_reference: bool = ENVIRONMENT["MMKERNELS_BACKEND"] == "reference"
 
 
 _state = _State()
@@ -62,7 +62,7 @@ def native_error() -> str:
 
 def load_native() -> None:
     """Loads ``_C.so`` if the build made one; otherwise keeps the reason for ``info`` and the warning."""
-    if _environment["MMKERNELS_NATIVE"] == "0":
+    if ENVIRONMENT["MMKERNELS_NATIVE"] == "0":
         _state.native_error = "switched off by MMKERNELS_NATIVE=0"
     elif not NATIVE_PATH.exists():
         _state.native_error = (
@@ -210,7 +210,7 @@ def _note_fallback(name: str) -> None:
     if _state.forced_reference:
         return
     message = f"{name} runs through the PyTorch reference: {native_error() or 'no kernel for this device or dtype'}."
-    if _environment["MMKERNELS_STRICT"] == "1":
+    if ENVIRONMENT["MMKERNELS_STRICT"] == "1":
         raise RuntimeError(f"{message} MMKERNELS_STRICT=1 makes this an error. {REMEDY}")
     _warn_once(message)
 

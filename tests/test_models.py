@@ -151,7 +151,7 @@ def _logits(decoder: Decoder, rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _media(model: MMLLM, n: int) -> Features:
-    side = model.image_size
+    side = model.picture_side()
     pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8)
     return model.project("image", model.encode("image", list(pixels)))
 
@@ -291,7 +291,7 @@ def test_a_packed_batch_is_its_samples_alone() -> None:
     model = MMLLM(TINY).double()
     prompts = ("<image>sum?", "<image>what is the first digit?", "no image", "list <image><image>")
     rows = [ByteTokenizer().encode_prompt(p) for p in prompts]
-    side = model.image_size
+    side = model.picture_side()
     pixels = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8)
     grads, outputs = [], []
     for batches in ([rows], [[r] for r in rows]):

@@ -2,7 +2,11 @@
 """Projector modules against plain PyTorch transcriptions of their published math, and what folding must keep."""
 
 import functools
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -243,6 +247,25 @@ def test_halves_give_a_sample_the_same_bits_alone(case: str) -> None:
         more = None if latents is None else latents[b : b + 1]
         alone = run(query[b : b + 1], context[b : b + 1], w_k, w_v, latents=more)
         assert torch.equal(alone[0], whole[b]), b
+
+
+@pytest.mark.skipif(not cost.HALVES, reason="the CPU has no AMX")
+def test_halves_are_what_runs() -> None:
+    """Sums of scores are near those of the fp32 kernel, which a lesser instruction set takes, and have other bits."""
+    code = (
+        "import torch, mmkernels; g = torch.Generator().manual_seed(0)\n"
+        "new = lambda *s: torch.randn(s, generator=g).bfloat16()\n"
+        "x = (new(4, 8, 192), new(4, 57, 640), None, new(192, 640), new(192, 640), *[None] * 5, 0, 3, 0.01, 0.0)\n"
+        "print(torch.ops.mmkernels.cross_attention(*x)[1].flatten().tolist())"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "MMKERNELS_ISA": isa},
+                       capture_output=True, text=True, check=True).stdout
+        for isa in ("amx_bf16", "avx512")
+    ]  # fmt: skip
+    ours, fp32 = (torch.tensor(json.loads(text)) for text in said)
+    assert not torch.equal(ours, fp32)
+    torch.testing.assert_close(ours, fp32, rtol=2e-5, atol=2e-5)
 
 
 def test_modules_run_under_autocast_and_compile() -> None:

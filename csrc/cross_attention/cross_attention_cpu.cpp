@@ -222,12 +222,12 @@ struct Problem {
     }
     return to;
   }
-  // q' of `samples` rows (or a sample's queries) of head h, `stride` apart in the query.
+  // q' of `rows` queries of head h, from value `first` of the query on and `stride` apart.
   void absorb_halves(F* to, int64_t ld, int64_t first, int64_t stride, int64_t rows, int64_t h, F* memory) const {
     if constexpr (std::is_same_v<T, bf16>)
       halves_of(rows).absorb(to, ld, data<bf16>(query) + first, stride, rows, packed_of(w_k, h), memory);
   }
-  // out of rows of Z of head h
+  // The output of `rows` rows of Z of head h.
   void project_halves(F* to, const F* z, int64_t stride, int64_t rows, int64_t h, F* memory) const {
     if constexpr (std::is_same_v<T, bf16>) halves_of(rows).project(to, z, stride, rows, packed_of(w_v, h), memory);
   }

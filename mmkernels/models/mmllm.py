@@ -75,14 +75,18 @@ class MMLLM(nn.Module):
         assert isinstance(found, AnyEncoder)
         return found
 
-    @property
-    def image_size(self) -> int:
-        """Side of an image that every position of the encoder's table fits, in pixels."""
-        encoder = self.encoder("image")
+    def picture_side(self, modality: str = "image") -> int:
+        """Side of a picture that every position of the encoder's table fits, in pixels.
+
+        Raises:
+            ValueError: The modality has no encoder, or one that takes no pictures.
+        """
+        encoder = self.encoder(modality)
         if isinstance(encoder, TransformersVision):
             return int(encoder.model.config.image_size)
-        assert isinstance(encoder, VisionEncoder)
-        return encoder.config.image_size
+        if isinstance(encoder, VisionEncoder):
+            return encoder.config.image_size
+        raise ValueError(f"{modality}: its encoder takes no pictures: {type(encoder).__name__}")
 
     @property
     def sampling_rate(self) -> int | None:

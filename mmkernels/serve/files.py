@@ -12,8 +12,6 @@ import numpy as np
 import torch
 
 from mmkernels.models import MMLLM
-from mmkernels.models.transformers_vision import TransformersVision
-from mmkernels.models.vision import VisionEncoder
 from mmkernels.serve.engine import Engine
 from mmkernels.serve.request import Medium, Request, RequestError, one_line
 
@@ -113,14 +111,11 @@ def _check_takes(model: MMLLM, modality: str) -> None:
 
 
 def _side(model: MMLLM, modality: str) -> int:
-    """Of the pictures that the modality's own encoder takes, in pixels."""
     _check_takes(model, modality)
-    encoder = model.encoder(modality)
-    if isinstance(encoder, TransformersVision):
-        return int(encoder.model.config.image_size)
-    if isinstance(encoder, VisionEncoder):
-        return encoder.config.image_size
-    raise RequestError(f"{modality}: its encoder takes no pictures: {type(encoder).__name__}")
+    try:
+        return model.picture_side(modality)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 def serve_lines(model: MMLLM, lines: Iterable[str], out: TextIO, engine: Engine) -> int:

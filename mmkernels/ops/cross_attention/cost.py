@@ -8,9 +8,9 @@ of the context (``n·X``). The rule sees shapes, dtype, device and whether there
 threads. Fitted to ``benchmarks/queries.py``.
 """
 
-import os
-
 import torch
+
+from mmkernels.backends import ENVIRONMENT
 
 # (of a multiply-add, of a weight, of a value of the context). CPU: an AMX Xeon, 2026-11-26, whose 16-bit GEMMs in torch
 # are about five times faster than fp32; fp32 a Zen3. GPU: not measured.
@@ -38,11 +38,7 @@ def _slow_on_cpu() -> frozenset[torch.dtype]:
 
 SLOW_ON_CPU = _slow_on_cpu()
 # Whether csrc/cross_attention/halves.h runs: by what the CPU and MMKERNELS_ISA say, as the kernel itself does.
-HALVES = torch.cpu._is_amx_tile_supported() and os.environ.get("MMKERNELS_ISA") in (
-    None,
-    "",
-    "amx_bf16",
-)
+HALVES = torch.cpu._is_amx_tile_supported() and ENVIRONMENT["MMKERNELS_ISA"] in ("", "amx_bf16")
 
 
 def absorbs(

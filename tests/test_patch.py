@@ -15,6 +15,7 @@ from test_packed_models import padded
 
 import mmkernels
 from mmkernels.hf.merge import scatter_rows
+from mmkernels.hf.row import class_of, is_replaced
 
 LLAVA, QWEN = MODELS[0], MODELS[4]
 OLD = tuple(map(int, tf.__version__.split(".")[:2])) < (
@@ -70,6 +71,11 @@ def test_positions_of_another_rule_are_left_alone() -> None:
     assert "a trial call differs" in told()
 
 
+def any_replaced(model: nn.Module) -> bool:
+    """Whether a module is of a class that ``patch`` made."""
+    return any(class_of(m) is not type(m) for m in model.modules())
+
+
 def replaced(patched: mmkernels.Patched) -> dict[str, str]:
     return {line.module: line.op for line in patched.lines if not line.why_not}
 
@@ -92,17 +98,17 @@ def test_parts_go_through_the_ops_and_come_back(entry: Any, monkeypatch: Any) ->
     assert 0 < (after - before).abs().max() <= 1e-5 * before.abs().max()
     patched.remove()
     assert torch.equal(out(model, inputs), before)
-    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert not any_replaced(model)
 
 
 def test_twice_is_once() -> None:
     model = LLAVA.build().eval()
     first, second = mmkernels.patch(model), mmkernels.patch(model)
     assert first.lines == second.lines
-    methods = [m.forward for m in model.modules() if "forward" in m.__dict__]
-    assert methods and not any(hasattr(m.func, "mmkernels_op") for m in methods)
+    modules = [m for m in model.modules() if is_replaced(m, "forward")]
+    assert modules and all(type(m).__base__ is class_of(m) for m in modules)
     second.remove()
-    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert not any_replaced(model)
     first.remove()
 
 
@@ -110,7 +116,7 @@ def test_as_a_context() -> None:
     model = clip()
     with mmkernels.patch(model) as patched:
         assert replaced(patched)
-    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert not any_replaced(model)
 
 
 def test_report(capsys: Any) -> None:
@@ -153,7 +159,7 @@ def test_hooks_of_the_module_still_run() -> None:
 def test_an_adapter_put_around_the_positions_later_counts() -> None:
     """The embedding reads them itself, until they are more than their parameters."""
     model = clip()
-    mmkernels.patch(model)
+    patched = mmkernels.patch(model)
     before = model(pixels()).last_hidden_state
     embeddings = model.get_submodule(EMBEDDINGS)
 
@@ -168,22 +174,22 @@ def test_an_adapter_put_around_the_positions_later_counts() -> None:
     embeddings.position_embedding = Shifted(embeddings.position_embedding)
     with torch.no_grad():
         ours = model(pixels()).last_hidden_state
-        patched = embeddings.__dict__.pop("forward")
+        patched.remove()
         theirs = model(pixels()).last_hidden_state
-        embeddings.__dict__["forward"] = patched
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert (ours - before).abs().max() > 1e-3
 
 
-def test_remove_says_what_it_cannot_take_back() -> None:
+def test_remove_reaches_below_what_was_wrapped_since() -> None:
     model = clip()
+    before = model(pixels()).last_hidden_state
     patched = mmkernels.patch(model)
-    conv = model.get_submodule(CONV)
+    conv, called = model.get_submodule(CONV), []
     ours = conv.forward
-    conv.forward = lambda x: ours(x)
-    with pytest.raises(RuntimeError, match=r"wrapped by something else since: Conv2d\.forward"):
-        patched.remove()
-    assert "forward" not in model.get_submodule(EMBEDDINGS).__dict__
+    conv.forward = lambda x: called.append(1) or ours(x)
+    patched.remove()
+    assert torch.equal(model(pixels()).last_hidden_state, before) and called == [1]
+    assert not any_replaced(model)
 
 
 def why_not(model: nn.Module, module: str, **options: Any) -> str:
@@ -269,7 +275,7 @@ def test_strict_raises_and_replaces_nothing() -> None:
     model.get_submodule(CONV).forward = model.get_submodule(CONV).forward
     with pytest.raises(ValueError, match="left alone under strict"):
         mmkernels.patch(model, strict=True)
-    assert "forward" not in model.get_submodule(EMBEDDINGS).__dict__
+    assert not any_replaced(model)
     mmkernels.patch(clip(), strict=True)
 
 
@@ -296,8 +302,22 @@ def test_scatter_rows_is_masked_scatter(shape: tuple[int, ...]) -> None:
         got = scatter_rows(given[0], mask, given[1])
         assert torch.equal(got, expected)
         assert all(map(torch.equal, torch.autograd.grad(got.square().sum(), given), grads))
-    with pytest.raises(ValueError, match="features"):
+    told = f"input_ids hold {len(source)} placeholders, got {2 * len(source)} rows of features"
+    with pytest.raises(ValueError, match=told):
         scatter_rows(x, places[..., None], torch.cat([source, source]))
+
+
+def test_surplus_features_name_the_models_own_token_ids(monkeypatch: Any) -> None:
+    """transformers checks the numbers itself, unless a caller switches its checks off."""
+    from transformers.models.llava import modeling_llava
+
+    model, inputs = LLAVA.build().eval(), padded(samples(LLAVA))
+    monkeypatch.setattr(modeling_llava, "torch_compilable_check", lambda *_: None)
+    inputs["pixel_values"] = torch.cat([inputs["pixel_values"], inputs["pixel_values"][:1]])
+    assert out(model, inputs).isfinite().all()
+    mmkernels.patch(model)
+    with pytest.raises(ValueError, match=r"merge: input_ids hold 16 placeholders \(image_token_i"):
+        out(model, inputs)
 
 
 def test_the_interpolated_call_goes_to_the_model() -> None:

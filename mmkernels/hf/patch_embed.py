@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmkernels import patch_embed
-from mmkernels.hf.row import Found, is_sharded
+from mmkernels.hf.row import Found, class_of, is_sharded
 
 OVERLAPPING = 8  # from this patch on, overlapping patches of few channels are a spectrogram's, not a network's stem
 
@@ -25,8 +25,8 @@ def convolution(layer: nn.Module) -> Found | str | None:
     )  # fmt: skip
     if not cuts and not overlapping:
         return None
-    if type(layer) not in (nn.Conv2d, nn.Conv3d):
-        return f"is a {type(layer).__name__}, which may compute otherwise"
+    if class_of(layer) not in (nn.Conv2d, nn.Conv3d):
+        return f"is a {class_of(layer).__name__}, which may compute otherwise"
     if (
         layer.padding not in ("valid", (0,) * len(kernel))
         or layer.groups != 1

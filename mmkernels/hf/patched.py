@@ -4,12 +4,11 @@
 from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 from torch import nn
 
 from mmkernels.hf import merge
-from mmkernels.hf.row import Found, attach, is_ours, refusal
+from mmkernels.hf.row import Found, Row, attach, class_of, detach, is_replaced, refusal, told
 from mmkernels.hf.table import ROWS
 
 
@@ -50,20 +49,11 @@ class Patched:
     def remove(self) -> None:
         """Puts every method back: the model computes what it did, bit for bit.
 
-        Raises:
-            RuntimeError: Something else (accelerate's hooks, say) has been put around a method since; the others are
-                back.
+        What has been put around a method since (accelerate's hooks, say) stays, around the model's own again.
         """
-        wrapped = []
         for module, method in self.replaced:
-            now = module.__dict__.get(method)
-            if is_ours(now):
-                object.__delattr__(module, method)
-            elif now is not None:
-                wrapped.append(f"{type(module).__name__}.{method}")
+            detach(module, method)
         self.replaced.clear()
-        if wrapped:
-            raise RuntimeError(f"remove: wrapped by something else since: {', '.join(wrapped)}")
 
     def __enter__(self) -> "Patched":
         return self
@@ -142,6 +132,8 @@ def _look(model: nn.Module, parts: set[str], patched: Patched) -> list[tuple[nn.
     shared = frozenset(i for i, count in names.items() if count > 1)
     todo = []
     for name, module in model.named_modules():
+        if type(module).__getattr__ is not nn.Module.__getattr__:
+            continue  # a wrapper that answers for what it wraps (torch.compile, peft, FSDP): looked at by itself
         for part, found in _candidates(name, module, parts):
             line = name or type(module).__name__
             if isinstance(found, str):
@@ -149,7 +141,7 @@ def _look(model: nn.Module, parts: set[str], patched: Patched) -> list[tuple[nn.
                 continue
             if found.method != "forward":
                 line += f".{found.method}"
-            if is_ours(module.__dict__.get(found.method)):
+            if is_replaced(module, found.method):
                 why = ""
             elif why := refusal(module, found, shared):
                 pass
@@ -163,9 +155,16 @@ def _look(model: nn.Module, parts: set[str], patched: Patched) -> list[tuple[nn.
 
 def _candidates(name: str, module: nn.Module, parts: set[str]) -> list[tuple[str, Found | str]]:
     found = [
-        (row.part, row.find(module)) for row in ROWS if row.part in parts and row.within in name
+        (row.part, _find(row, module)) for row in ROWS if row.part in parts and row.within in name
     ]
     if "merge" in parts:
-        cls: Any = type(module)
-        found += [("merge", f) for f in merge.scattering(cls)]
+        found += [("merge", f) for f in merge.scattering(class_of(module))]
     return [(part, f) for part, f in found if f is not None]
+
+
+def _find(row: Row, module: nn.Module) -> Found | str | None:
+    """A stranger's module may raise at whatever it is asked."""
+    try:
+        return row.find(module)
+    except Exception as error:
+        return f"could not be looked at: {told(error)}"

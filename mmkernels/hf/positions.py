@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmkernels import mrope_positions
-from mmkernels.hf.row import Found
+from mmkernels.hf.row import Found, class_of
 from mmkernels.ops.mrope_positions import FAMILIES, Family, family_of
 from mmkernels.ops.mrope_positions.families import RUNS
 
@@ -25,7 +25,7 @@ TAKEN = (
 
 def rope_index(module: nn.Module) -> Found | str | None:
     """The model's own, of a family in the table; one that a subclass changed is left alone."""
-    method = inspect.getattr_static(type(module), METHOD, None)
+    method = inspect.getattr_static(class_of(module), METHOD, None)
     if method is None:
         return None
     kind = getattr(getattr(module, "config", None), "model_type", "")
@@ -57,7 +57,10 @@ def _positions(
         "input_ids" not in taken or rounded
     ):  # a processor's floats cast with the pixels: the model's own rounding
         return original(*args, **kwargs)
-    return mrope_positions(**taken, family=row)
+    try:
+        return mrope_positions(**taken, family=row)
+    except ValueError:  # the model's own takes rows too many, of an image that the mask hides
+        return original(*args, **kwargs)
 
 
 def _batch(row: Family, names: tuple[str, ...], module: nn.Module) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from mmkernels import Norm, cross_attention
 from mmkernels.hf.patch_embed import noise
-from mmkernels.hf.row import Found
+from mmkernels.hf.row import Found, class_of
 from mmkernels.nn.attention_pool import multihead_attention
 
 
@@ -124,7 +124,8 @@ def perceiver(module: nn.Module) -> Found | str | None:
 
 
 def asks(module: nn.Module, *names: str) -> bool:
-    code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
+    forward = class_of(module).forward
+    code = getattr(forward, "__wrapped__", forward).__code__
     return code.co_varnames[1 : 1 + len(names)] == names
 
 

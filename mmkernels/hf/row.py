@@ -19,6 +19,7 @@ LAYERS = (
     nn.Linear, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.LayerNorm, nn.MultiheadAttention,
     NonDynamicallyQuantizableLinear,
 )  # fmt: skip
+_FORWARDS = {kind: kind.forward for kind in LAYERS}
 CLOSE = 1e-5  # of the largest value, in fp64: some modules compute a part in fp32
 
 
@@ -56,26 +57,37 @@ class NotTaken(Exception):
 
 
 def intact(*layers: nn.Module) -> bool:
-    """Whether their forward is their class's and nobody watches it: else it must be called."""
+    """Whether their forward is torch's and nobody watches it: else it must be called."""
     return not any(changed(layer) for layer in layers)
 
 
 def changed(layer: nn.Module) -> str:
     """What makes a layer more than its parameters; empty: nothing."""
-    kind = type(layer)
+    kind = class_of(layer)
     if kind not in LAYERS:
         known = any(
             kind.__name__ == k.__name__ for k in LAYERS
         )  # a quantised Linear is a Linear by name
         name = f"{kind.__module__}.{kind.__name__}" if known else kind.__name__
         return f"is a {name}, which may compute otherwise"
-    if "forward" in layer.__dict__ and not is_ours(layer.__dict__["forward"]):
+    if "forward" in layer.__dict__ or kind.forward is not _FORWARDS[kind]:
         return "has a forward of its own"
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if watched(layer):
         return "has hooks"
     if any(map(is_sharded, layer._parameters.values())):
         return "has a DTensor parameter: patch before sharding"
     return ""
+
+
+def watched(layer: nn.Module) -> bool:
+    """Whether a hook, its own or one for all modules, waits for its call."""
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return any(map(len, hooks)) or bool(torch.nn.modules.module._has_any_global_hook())
 
 
 def is_sharded(parameter: torch.Tensor | None) -> bool:
@@ -83,27 +95,68 @@ def is_sharded(parameter: torch.Tensor | None) -> bool:
     return hasattr(parameter, "device_mesh")
 
 
-def is_ours(method: Any) -> bool:
-    """Whether it was put there by ``attach``."""
-    return isinstance(method, functools.partial) and hasattr(method, "mmkernels_op")
+# Replacing a method ------------------------------------------------------------------------------------------------
+#
+# A module becomes an instance of a subclass of its class, as fully_shard does it. So a method finds the module it is
+# called on: a replica of DataParallel, a copy, whatever accelerate wraps. On the instance it would stay bound to the
+# first one.
+
+FOUND = "mmkernels_found"  # in a class that ``attach`` made: what it replaces, by method
+
+
+def class_of(module: nn.Module) -> Any:
+    """Its class without what ``attach`` put before it."""
+    return next(c for c in type(module).__mro__ if FOUND not in c.__dict__)
+
+
+def is_replaced(module: nn.Module, method: str) -> bool:
+    """Whether ``attach`` replaced it and ``detach`` has not taken it back."""
+    return any(method in c.__dict__.get(FOUND, ()) for c in type(module).__mro__)
 
 
 def attach(module: nn.Module, found: Found) -> None:
-    """On the instance: the class and other instances stay as they are, hooks and wrappers go on working."""
-    original = getattr(module, found.method)
-    method = functools.partial(_call, found.run, found.layers, module, original)
-    functools.update_wrapper(method, original)  # its signature is what Trainer and generate ask for
-    method.mmkernels_op = found.op  # type: ignore[attr-defined]
-    object.__setattr__(module, found.method, method)
+    """This instance computes ``found.method`` by ``found.run``; its class and other instances stay as they are."""
+    base: Any = type(module)
+    before: dict[str, Found] = {}
+    if FOUND in base.__dict__:  # copies of the module may share this class
+        base, before = base.__base__, base.__dict__[FOUND]
+    module.__class__ = _subclass(base, {**before, found.method: found})
 
 
-def _call(
-    run: Run, layers: tuple[str, ...], module: nn.Module, original: Run, *args: Any, **kwargs: Any
-) -> Any:
-    """The replacement, unless somebody has put an adapter, a hook or a shard where its parameters were."""
-    if not intact(*[module.get_submodule(name) for name in layers]):
-        return original(*args, **kwargs)
-    return run(module, original, *args, **kwargs)
+def detach(module: nn.Module, method: str) -> None:
+    """Takes it back, whatever has been put around the method since."""
+    for cls in type(module).__mro__:
+        cls.__dict__.get(FOUND, {}).pop(method, None)
+    if type(module).__dict__.get(FOUND) == {}:
+        module.__class__ = type(module).__base__  # type: ignore[assignment]
+
+
+def _subclass(base: Any, found: dict[str, Found]) -> Any:
+    """Under the same name: Trainer, FSDP's policies and transformers' registries go by names."""
+    names = ("__module__", "__qualname__", "__doc__")
+    body = {FOUND: found, **{name: getattr(base, name) for name in names}}
+    methods = {name: _method(base, name, found) for name in found}
+    return type(base)(base.__name__, (base,), {**body, **methods})
+
+
+def _method(base: Any, name: str, replaced: dict[str, Found]) -> Any:
+    theirs = getattr(base, name)
+
+    @functools.wraps(theirs)  # its signature is what Trainer and generate ask for
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        now, found = getattr(base, name), replaced.get(name)
+        original = functools.partial(now, self)
+        # The class may have another method since (Liger), and layers an adapter, a hook or a shard.
+        if found is None or now is not theirs:
+            return original(*args, **kwargs)
+        if not intact(*[self.get_submodule(layer) for layer in found.layers]):
+            return original(*args, **kwargs)
+        return found.run(self, original, *args, **kwargs)
+
+    return method
+
+
+# Whether a row may be taken ----------------------------------------------------------------------------------------
 
 
 def refusal(module: nn.Module, found: Found, shared: frozenset[int]) -> str:
@@ -114,14 +167,17 @@ def refusal(module: nn.Module, found: Found, shared: frozenset[int]) -> str:
     for name, layer in zip(found.layers, layers, strict=True):
         if why := changed(layer):
             return f"{name} {why}"
-    read = [p for layer in layers for p in layer.parameters()] + list(module._parameters.values())
-    for parameter in () if found.pure else read:
-        if is_sharded(parameter):
+    if not found.pure:
+        read = [p for layer in layers for p in layer.parameters()]
+        read += [p for p in module._parameters.values() if p is not None]
+        if any(map(is_sharded, read)):
             return "has a DTensor parameter: patch before sharding"
-        if parameter is not None and parameter.is_meta:
+        if any(p.is_meta for p in module.parameters()):
             return "is on the meta device: patch after loading"
-        if id(parameter) in shared:
+        if any(id(p) in shared for p in read):
             return "shares a parameter with another module"
+        if any(not p.is_floating_point() for p in read):
+            return "has a quantised parameter"
     return proven(module, found) if found.probe is not None else ""
 
 
@@ -129,21 +185,31 @@ def refusal(module: nn.Module, found: Found, shared: frozenset[int]) -> str:
 def proven(module: nn.Module, found: Found) -> str:
     """Empty, or where a copy of the module with random parameters, in fp64, differs from what would replace it."""
     assert found.probe is not None
-    there = module if found.pure else copy.deepcopy(module).double().eval()
-    device = next(module.parameters(), torch.empty(0)).device
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in () if found.pure else there.parameters():
-        parameter.normal_(std=0.5, generator=generator)
-    arguments = _as_double(found.probe(there))
-    original = getattr(there, found.method)
     try:
-        expected = original(*arguments)
+        there = module if found.pure else _noisy(module)
+        arguments = _as_double(found.probe(there))
+        expected = getattr(there, found.method)(*arguments)
         got = found.run(there, _not_taken, *arguments)
     except NotTaken:
         return "its call does not look as expected"
-    except Exception as error:  # whatever a stranger's forward raises
-        return f"a trial call failed: {type(error).__name__}: {error}".splitlines()[0]
+    except Exception as error:  # whatever a stranger's module raises when copied or called
+        return f"a trial call failed: {told(error)}"
     return _difference(got, expected)
+
+
+def told(error: Exception) -> str:
+    """One line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _noisy(module: nn.Module) -> nn.Module:
+    """A copy in fp64; parameters that a quantiser packed into integers stay as they are."""
+    there = copy.deepcopy(module).double().eval()
+    for parameter in there.parameters():
+        if parameter.is_floating_point():
+            generator = torch.Generator(parameter.device).manual_seed(parameter.numel())
+            parameter.normal_(std=0.5, generator=generator)
+    return there
 
 
 def _not_taken(*args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmkernels import patch_merge
 from mmkernels.hf.patch_embed import noise
-from mmkernels.hf.row import Found
+from mmkernels.hf.row import Found, class_of
 
 METHODS = ("pixel_shuffle", "pixel_unshuffle")
 FACTORS = (
@@ -29,7 +29,9 @@ LAYOUTS = [(order, transposed) for order in ("kkc", "ckk") for transposed in (Fa
 
 def pixel_shuffle(module: nn.Module) -> Found | str | None:
     """A method that shuffles ``[B, H, W, C]`` or ``[B, H·W, C]``, with a factor of its own or given."""
-    name = next((n for n in METHODS if inspect.isfunction(getattr(type(module), n, None))), None)
+    name = next(
+        (n for n in METHODS if inspect.isfunction(getattr(class_of(module), n, None))), None
+    )
     if name is None:
         return None
     places = (module, getattr(module, "config", None))
@@ -37,7 +39,7 @@ def pixel_shuffle(module: nn.Module) -> Found | str | None:
     if not isinstance(factor, int | float) or factor <= 0:
         return "its factor is not to be found"
     m = round(max(factor, 1 / factor))
-    shuffle = functools.partial(getattr(type(module), name), module)
+    shuffle = functools.partial(getattr(class_of(module), name), module)
     for grid in (True, False):
         for given in ((), (factor,)):
             if found := _learned(shuffle, m, grid, given):

@@ -65,7 +65,7 @@ def dispatched(model: Any) -> Any:
 
 def adapted(model: Any) -> Any:
     peft = pytest.importorskip("peft")
-    names = [n for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     config = peft.LoraConfig(r=2, target_modules=names, init_lora_weights=False)
     return peft.get_peft_model(model, config)
 
@@ -181,7 +181,7 @@ def test_a_module_that_raises_when_asked_is_left_alone() -> None:
     model = LLAVA.build().eval()
     model.odd = Odd()
     told = {line.module: line.why_not for line in mmkernels.patch(model, cache=True).lines}
-    assert "could not be looked at: RuntimeError: not loaded yet" in told["odd"]
+    assert told["odd"].startswith("could not be looked at: ")
 
 
 def test_a_class_forward_set_later_is_called() -> None:
@@ -274,10 +274,10 @@ def test_hooks_on_layers_that_are_read_are_called(kind: str) -> None:
 
 @pytest.mark.parametrize("entry", [QWEN2, QWEN3], ids=lambda e: e.kind)
 def test_an_image_that_the_mask_hides(entry: Model) -> None:
-    """get_rope_index leaves the hidden image's row of the grid unused."""
+    """get_rope_index leaves the rows of the grid that are of hidden images unused."""
     model, inputs = entry.build().eval(), padded(samples(entry)[1:3])
-    hides = inputs["input_ids"][0] == model.config.image_token_id
-    inputs["attention_mask"][0][hides] = 0
+    hides = inputs["input_ids"][1] == model.config.image_token_id
+    inputs["attention_mask"][1][hides] = 0
     with torch.no_grad():
         expected = model(**inputs).logits
         mmkernels.patch(model)

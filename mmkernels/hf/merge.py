@@ -72,7 +72,7 @@ def scattering(cls: Any) -> tuple[Found | str, ...]:
             continue
         try:
             run = functools.partial(_call, rewritten(function))
-            found.append(Found("merge_embeddings", run, None, method=name))
+            found.append(Found("merge_embeddings", run, None, method=name, pure=True))
         except (OSError, SyntaxError, ValueError) as error:
             found.append(f"{name}: its source cannot be compiled again: {error}")
     return tuple(found)

@@ -30,7 +30,7 @@ class Found(NamedTuple):
     call is not what the row is for. ``probe(module)``: arguments of a call that must not go there; None: proven
     otherwise. ``layers``: submodules whose parameters are read directly, so that their own forward is not called: a
     call finds them as they were, or goes to ``original``.
-    ``pure``: reads no parameter, so it is proven on the module itself.
+    ``pure``: reads no parameter, so it is proven on the module itself, wherever its weights are.
     """
 
     op: str

@@ -119,11 +119,13 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():  # Dynamo cannot guard on a ContextVar
-            reference = _state.compiled_reference
-        else:
-            reference = _forced_reference.get() or self._must_be_followed(args)
-        if not reference:
-            return self.overload(*args)
+            return self._plain(args) if _state.compiled_reference else self.overload(*args)
+        if _forced_reference.get():
+            return self._plain(args)
+        why = transforms.without_kernel(args) if self.name in DIFFERENTIABLE else ""
+        return self._followed(args, why) if why else self.overload(*args)
+
+    def _plain(self, args: tuple[Any, ...]) -> Any:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         if not torch.is_autocast_enabled(device):
             return self.reference(*args)
@@ -131,14 +133,16 @@ class Op:
         with torch.autocast(device, enabled=False):
             return self.reference(*args)
 
-    def _must_be_followed(self, args: tuple[Any, ...]) -> bool:
-        """Whether the call is differentiated in a way that only plain PyTorch can follow."""
-        why = transforms.without_kernel(args) if self.name in DIFFERENTIABLE else ""
-        if why:
-            _note_fallback(
-                self.name, f"no kernel supports {why}", "Results are right, only slower."
-            )
-        return bool(why)
+    def _followed(self, args: tuple[Any, ...], why: str) -> Any:
+        """The reference, where ``why`` differentiates the call as only plain PyTorch can follow."""
+        _note_fallback(self.name, f"no kernel supports {why}", "Results are right, only slower.")
+        try:
+            return self._plain(args)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            told = f"{why} inside torch.func.vmap cannot batch ids, rows or grids"
+            raise RuntimeError(f"{self.name}: {told} ({error})") from error
 
 
 def define(

@@ -34,7 +34,7 @@ def without_kernel(args: tuple[Any, ...]) -> str:
 
 def _tracked(tensor: torch.Tensor) -> bool:
     """Whether a ``jvp`` or ``grad`` around the call follows it."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
+    while is_wrapped(tensor):
         if functorch.is_gradtrackingtensor(tensor):
             return True
         tensor = functorch.get_unwrapped(tensor)
@@ -46,6 +46,11 @@ def plain_attention(args: tuple[Any, ...]) -> AbstractContextManager[None]:
     if torch.compiler.is_compiling() or not without_kernel(args):
         return contextlib.nullcontext()
     return sdpa_kernel(SDPBackend.MATH)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether ``torch.func`` stands around it, so that its values may not be read."""
+    return bool(functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def has_tangent(args: Any) -> bool:

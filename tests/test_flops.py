@@ -68,6 +68,7 @@ def test_patch_embed_counts_as_the_convolution(frozen: str) -> None:
 
 
 def test_a_patched_tower_reports_the_flops_of_the_model() -> None:
+    pytest.importorskip("transformers")
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(

@@ -277,6 +277,7 @@ def test_both_algorithms_of_attention(algorithm: str) -> None:
 
 
 def test_a_patched_tower_has_the_tangent_of_the_model() -> None:
+    pytest.importorskip("transformers")
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = CLIPVisionConfig(
@@ -290,3 +291,23 @@ def test_a_patched_tower_has_the_tangent_of_the_model() -> None:
     expected = tangent()
     with mmkernels.patch(model):
         torch.testing.assert_close(tangent(), expected)
+
+
+def test_vmap_over_ids_and_tables() -> None:
+    """The kernel reads values of each sample; where plain PyTorch has to, an error names the op."""
+    ids, table, feature = torch.tensor([[0, 1, 2], [2, 1, 0]]), torch.randn(3, 4), torch.randn(1, 4)
+
+    def loss(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        merged = mmkernels.merge_embeddings(ids, table, [feature], feature_token_ids=[1])
+        return merged.square().sum()
+
+    got = torch.func.vmap(loss, in_dims=(None, 0))(table, ids)
+    assert torch.equal(got, torch.stack([loss(table, i) for i in ids]))
+    with pytest.raises((RuntimeError, ValueError), match=r"merge_embeddings: .* cannot batch ids"):
+        torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(table, ids)
+    heads, positions = torch.randn(1, 3, 1, 16), torch.arange(3)[None]
+    turned = lambda table: mmkernels.mrope(heads, heads, positions, table)[0]
+    tables = torch.rand(2, 16)
+    assert torch.equal(torch.func.vmap(turned)(tables), torch.stack([turned(t) for t in tables]))
+    with pytest.raises(ValueError, match="mrope: vmap must have at least one sample, got 0"):
+        torch.func.vmap(turned)(tables[:0])

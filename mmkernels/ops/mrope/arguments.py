@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mmkernels import checks
+from mmkernels import checks, transforms
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)  # not a tensor without values
 # The last table of channels and its version: a decoder gives the same one at every layer.
@@ -57,6 +57,8 @@ def _check_channels(op: str, inv_freq: torch.Tensor, pairing: str) -> None:
     Told from 8 entries on, on CPU alone: reading a GPU's would wait for it.
     """
     if torch.compiler.is_compiling() or type(inv_freq) not in _PLAIN:
+        return
+    if transforms.is_wrapped(inv_freq):
         return
     if inv_freq.device.type != "cpu" or inv_freq.shape[0] < 8:
         return

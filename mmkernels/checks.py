@@ -52,7 +52,8 @@ def like(op: str, argument: str, value: torch.Tensor, other: torch.Tensor, name:
     tensor(op, argument, value)
     if value.device != other.device:
         fail(op, argument, value.device, f"on the device of {name}, {other.device}")
-    floating(op, argument, value)
+    if value.dtype not in FLOATS:
+        floating(op, argument, value)
     if value.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
         fail(op, argument, value.dtype, f"of the dtype of {name}, {other.dtype}")
 

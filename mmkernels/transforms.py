@@ -62,6 +62,8 @@ def has_tangent(args: Any) -> bool:
 
 def refuse_tangents(op: str, **tensors: torch.Tensor | None) -> None:
     """RuntimeError naming ``op`` where one of its arguments has a tangent, which would be lost."""
+    if forward_ad._current_level < 0:
+        return
     for name, tensor in tensors.items():
         if tensor is not None and has_tangent((tensor,)):
             raise RuntimeError(f"{op}: {name} has a tangent, but the op has no forward-mode AD")

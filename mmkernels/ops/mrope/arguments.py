@@ -56,14 +56,13 @@ def _check_channels(op: str, inv_freq: torch.Tensor, pairing: str) -> None:
 
     Told from 8 entries on, on CPU alone: reading a GPU's would wait for it.
     """
-    if torch.compiler.is_compiling() or type(inv_freq) not in _PLAIN:
+    if torch.compiler.is_compiling():
         return
-    if transforms.is_wrapped(inv_freq):
+    if _known[0]() is inv_freq and _known[1] == inv_freq._version:
+        return
+    if type(inv_freq) not in _PLAIN or transforms.is_wrapped(inv_freq):
         return
     if inv_freq.device.type != "cpu" or inv_freq.shape[0] < 8:
-        return
-    version = -1 if inv_freq.is_inference() else inv_freq._version
-    if _known[0]() is inv_freq and _known[1] == version:
         return
     values = inv_freq.tolist()
     if all(a > b for a, b in itertools.pairwise(values)):
@@ -73,7 +72,8 @@ def _check_channels(op: str, inv_freq: torch.Tensor, pairing: str) -> None:
             f"of an entry a channel, the same for both of a pair: {table} (or use rope_table)"
         )
         checks.fail(op, "inv_freq", f"{len(values)} falling entries, one a pair", expected)
-    _known[:] = weakref.ref(inv_freq), version
+    if not inv_freq.is_inference():  # such a tensor has no version
+        _known[:] = weakref.ref(inv_freq), inv_freq._version
 
 
 def positions_of(

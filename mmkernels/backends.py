@@ -14,12 +14,16 @@ import importlib.util
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from mmkernels import transforms
 
 logger = logging.getLogger("mmkernels")
 LIB = torch.library.Library("mmkernels", "DEF")  # keep alive: the ops live as long as this object
@@ -44,15 +48,21 @@ for _name, _value in ENVIRONMENT.items():
 @dataclass
 class _State:
     native_error: str = "not loaded yet"  # empty once the native library is in
-    forced_reference: bool = ENVIRONMENT["MMKERNELS_BACKEND"] == "reference"
+    references: int = int(ENVIRONMENT["MMKERNELS_BACKEND"] == "reference")  # see _count
+    compiled_reference: bool = ENVIRONMENT["MMKERNELS_BACKEND"] == "reference"
 
 
 _state = _State()
+_lock = threading.Lock()
+# Of each thread and asyncio task its own: what ``backend`` chose there.
+_forced_reference = ContextVar("mmkernels_reference", default=_state.compiled_reference)
+DIFFERENTIABLE: set[str] = set()  # those with a backward, by name
 TRITON_OPS: set[str] = set()  # those whose CUDA kernel is in Triton, by name
 POLLS: list[
     Callable[[int], None]
 ] = []  # each raises the value error its CUDA kernels latched, if any
-_ran: list[tuple[str, str]] | None = None  # (op, kernel) while testing.which_kernel_ran() watches
+# (op, kernel) of the call that testing.which_kernel_ran() watches
+_ran: ContextVar[list[tuple[str, str]] | None] = ContextVar("mmkernels_ran", default=None)
 
 
 def native_error() -> str:
@@ -97,7 +107,10 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Op:
-    """A torch op and the plain PyTorch it equals; calling it runs whichever ``backend`` asks for."""
+    """A torch op and the plain PyTorch it equals; calling it runs whichever ``backend`` asks for.
+
+    What no kernel follows (a tangent, ``torch.func.grad``) runs the reference too: see ``transforms.py``.
+    """
 
     name: str
     overload: Callable[..., Any]
@@ -105,14 +118,31 @@ class Op:
     autocast_skip: tuple[int, ...]
 
     def __call__(self, *args: Any) -> Any:
-        if not _state.forced_reference:
-            return self.overload(*args)
+        if torch.compiler.is_compiling():  # Dynamo cannot guard on a ContextVar
+            return self._plain(args) if _state.compiled_reference else self.overload(*args)
+        if _forced_reference.get():
+            return self._plain(args)
+        why = transforms.without_kernel(args) if self.name in DIFFERENTIABLE else ""
+        return self._followed(args, why) if why else self.overload(*args)
+
+    def _plain(self, args: tuple[Any, ...]) -> Any:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         if not torch.is_autocast_enabled(device):
             return self.reference(*args)
         args = _autocast(args, torch.get_autocast_dtype(device), self.autocast_skip)
         with torch.autocast(device, enabled=False):
             return self.reference(*args)
+
+    def _followed(self, args: tuple[Any, ...], why: str) -> Any:
+        """The reference, where ``why`` differentiates the call as only plain PyTorch can follow."""
+        _note_fallback(self.name, f"no kernel supports {why}", "Results are right, only slower.")
+        try:
+            return self._plain(args)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+            told = f"{why} inside torch.func.vmap cannot batch ids, rows or grids"
+            raise RuntimeError(f"{self.name}: {told} ({error})") from error
 
 
 def define(
@@ -134,6 +164,9 @@ def define(
     op = Op(name, getattr(torch.ops.mmkernels, name).default, reference, autocast_skip)
     if "!" in schema:
         LIB.impl(name, _version_rule(op.overload), "ADInplaceOrView", with_keyset=True)
+    else:
+        rule = transforms.looped(name, op.overload)
+        torch.library.register_vmap(f"mmkernels::{name}", rule, lib=LIB)
     for device, key in _AUTOCAST_KEYS.items():
         LIB.impl(name, _autocast_rule(op, device, key), key)
     return op
@@ -154,8 +187,9 @@ def differentiable(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]
 ) -> None:
     """Registers the backward of ``name``; ``<name>_backward`` itself then refuses a second backward."""
+    DIFFERENTIABLE.add(name)
     torch.library.register_autograd(
-        f"mmkernels::{name}", backward, setup_context=setup_context, lib=LIB
+        f"mmkernels::{name}", backward, setup_context=setup_context, lib=_GUARDED
     )
 
     def refuse(ctx: Any, *grads: Any) -> None:
@@ -168,8 +202,18 @@ def differentiable(
         f"mmkernels::{name}_backward",
         refuse,
         setup_context=lambda ctx, inputs, output: None,
-        lib=LIB,
+        lib=_GUARDED,
     )
+
+
+class _Guarded(torch.library.Library):
+    """Puts the errors of ``transforms.guarded`` before the autograd kernels that torch makes."""
+
+    def impl(self, op_name: Any, fn: Any, dispatch_key: str = "", **options: Any) -> None:
+        super().impl(op_name, transforms.guarded(op_name, fn), dispatch_key, **options)
+
+
+_GUARDED = _Guarded("mmkernels", "FRAGMENT")
 
 
 def register_triton(op: Op, module: str) -> None:
@@ -185,8 +229,7 @@ def register_triton(op: Op, module: str) -> None:
     def launch(*args: Any) -> Any:
         if any(isinstance(a, torch.Tensor) and a.dtype == torch.float64 for a in args):
             return fallback(*args)
-        if _ran is not None:
-            _ran.append((name, "triton"))
+        _record(name, "triton")
         launcher = getattr(importlib.import_module(module), name)
         with torch.cuda.device(next(a.device for a in args if isinstance(a, torch.Tensor))):
             return launcher(*args)
@@ -198,26 +241,31 @@ def register_triton(op: Op, module: str) -> None:
 def _recorded_reference(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(reference)
     def run(*args: Any) -> Any:
-        if _ran is not None:
-            _ran.append((name, "reference"))
-        _note_fallback(name)
+        _record(name, "reference")
+        if not _forced_reference.get():
+            why = native_error() or "no kernel for this device or dtype"
+            _note_fallback(name, why, REMEDY)
         return reference(*args)
 
     return run
 
 
-def _note_fallback(name: str) -> None:
-    if _state.forced_reference:
-        return
-    message = f"{name} runs through the PyTorch reference: {native_error() or 'no kernel for this device or dtype'}."
+def _record(name: str, kernel: str) -> None:
+    ran = _ran.get()
+    if ran is not None:
+        ran.append((name, kernel))
+
+
+def _note_fallback(name: str, why: str, remedy: str) -> None:
+    message = f"{name} runs through the PyTorch reference: {why}."
     if ENVIRONMENT["MMKERNELS_STRICT"] == "1":
-        raise RuntimeError(f"{message} MMKERNELS_STRICT=1 makes this an error. {REMEDY}")
-    _warn_once(message)
+        raise RuntimeError(f"{message} MMKERNELS_STRICT=1 makes this an error. {remedy}")
+    _warn_once(f"{message} {remedy}")
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    logger.warning("%s %s", message, REMEDY)
+    logger.warning("%s", message)
 
 
 def _autocast_rule(op: Op, device: str, key: str) -> Callable[..., Any]:
@@ -247,19 +295,42 @@ def _autocast(args: tuple[Any, ...], dtype: torch.dtype, skip: tuple[int, ...]) 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Runs the ops inside through plain PyTorch (``"reference"``) or the kernels (``"auto"``)."""
+    """Runs the ops inside through plain PyTorch (``"reference"``) or the kernels (``"auto"``).
+
+    It holds in this thread and asyncio task alone; ``MMKERNELS_BACKEND=reference`` is for the whole process. A backward
+    follows its forward, wherever it runs: that of the reference is torch's own. Code that is compiled cannot tell
+    threads apart: it takes the reference while any thread has chosen it. On CUDA a checkpointed forward runs again in
+    a thread of autograd's own: give ``checkpoint`` this block as ``context_fn``.
+    """
     if name not in ("auto", "reference"):
         raise ValueError(f'backend: name must be "auto" or "reference", got {name!r}')
-    before, _state.forced_reference = _state.forced_reference, name == "reference"
+    if torch.compiler.is_compiling():
+        before, _state.compiled_reference = _state.compiled_reference, name == "reference"
+        try:
+            yield
+        finally:
+            _state.compiled_reference = before
+        return
+    before, after = _forced_reference.get(), name == "reference"
+    _forced_reference.set(after)
+    _count(after - before)
     try:
         yield
     finally:
-        _state.forced_reference = before
+        _forced_reference.set(before)
+        _count(before - after)
+
+
+def _count(change: int) -> None:
+    """Of threads and tasks, how many run the reference now; compiled code is guarded on whether any does."""
+    with _lock:
+        _state.references += change
+        _state.compiled_reference = _state.references > 0
 
 
 def chosen_kernel(op: str, device: str) -> tuple[str, str]:
     """``(kernel, reason)`` the dispatcher takes for ``op`` on ``device``: what ``info`` prints."""
-    if _state.forced_reference:
+    if _forced_reference.get():
         return "reference", "MMKERNELS_BACKEND=reference or mmkernels.backend('reference')"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"mmkernels::{op}", _DISPATCH_KEYS[device]):
         if device == "cuda" and op in TRITON_OPS:

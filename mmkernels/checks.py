@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks shared by the ops, so that every error reads alike: op, argument, got, expected."""
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
@@ -13,11 +14,29 @@ def fail(op: str, argument: str, got: object, expected: str) -> NoReturn:
     raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
 
 
-def floating(op: str, argument: str, tensor: torch.Tensor) -> None:
+def tensor(op: str, argument: str, value: object) -> None:
+    """A tensor, not a list or a number."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {argument} must be a tensor, got {type(value).__name__}")
+
+
+def grid(op: str, argument: str, value: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
+    """A grid given as lists as a tensor, ``[images, 3]`` if it is empty."""
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        fail(op, argument, value, "a tensor, or as many numbers for every image")
+    return found if found.numel() else found.long().view(0, 3)
+
+
+def floating(op: str, argument: str, value: torch.Tensor) -> None:
     """Float tensors of the four supported dtypes."""
-    if tensor.dtype not in FLOATS:
+    tensor(op, argument, value)
+    if value.dtype not in FLOATS:
         names = "float64, float32, float16 or bfloat16"
-        raise TypeError(f"{op}: {argument} must be {names}, got {tensor.dtype}")
+        raise TypeError(f"{op}: {argument} must be {names}, got {value.dtype}")
 
 
 def shape(
@@ -28,13 +47,15 @@ def shape(
         fail(op, argument, list(tensor.shape), f"{letters} = {list(expected)}")
 
 
-def like(op: str, argument: str, tensor: torch.Tensor, other: torch.Tensor, name: str) -> None:
-    """``tensor`` shares dtype and device with ``other``. Under autocast the op casts, so dtypes may differ."""
-    if tensor.device != other.device:
-        fail(op, argument, tensor.device, f"on the device of {name}, {other.device}")
-    floating(op, argument, tensor)
-    if tensor.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
-        fail(op, argument, tensor.dtype, f"of the dtype of {name}, {other.dtype}")
+def like(op: str, argument: str, value: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    """``value`` shares dtype and device with ``other``. Under autocast the op casts, so dtypes may differ."""
+    tensor(op, argument, value)
+    if value.device != other.device:
+        fail(op, argument, value.device, f"on the device of {name}, {other.device}")
+    if value.dtype not in FLOATS:
+        floating(op, argument, value)
+    if value.dtype != other.dtype and not torch.is_autocast_enabled(other.device.type):
+        fail(op, argument, value.dtype, f"of the dtype of {name}, {other.dtype}")
 
 
 def dtype_of(tensor: torch.Tensor) -> torch.dtype:

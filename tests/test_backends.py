@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernel runs, in fresh processes: with the native library, without it, and with one that will not load."""
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import mmkernels
 from mmkernels import backends
+from mmkernels.testing import which_kernel_ran
 
 ROOT = Path(__file__).parents[1]
 EMBED = """
@@ -171,3 +177,140 @@ def test_autocast_does_not_touch_fp64() -> None:
             torch.zeros(1, 3, 8, 8).double(), torch.zeros(4, 3, 4, 4).double()
         )
     assert out.dtype == torch.float64
+
+
+def chosen() -> str:
+    return backends.chosen_kernel("patch_embed", "cpu")[0]
+
+
+def embed() -> torch.Tensor:
+    return mmkernels.patch_embed(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 4, 4))
+
+
+def crossing(enter: Callable[[], AbstractContextManager[Any]], inside: Callable[[], Any]) -> None:
+    """Two threads in blocks that overlap: the first to enter is the first to leave."""
+    steps, failed = [threading.Event() for _ in range(4)], []
+
+    def first() -> None:
+        with enter():
+            steps[0].set()
+            steps[1].wait(10)
+            inside()
+        steps[2].set()
+
+    def second() -> None:
+        steps[0].wait(10)
+        with enter():
+            steps[1].set()
+            steps[2].wait(10)
+            inside()
+        steps[3].set()
+
+    def caught(run: Callable[[], None]) -> None:
+        try:
+            run()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=caught, args=(run,)) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not failed, failed
+
+
+def test_two_threads_choose_their_backend_apart() -> None:
+    def inside() -> None:
+        assert chosen() == "reference"
+
+    def enter() -> AbstractContextManager[Any]:
+        assert chosen() == "c++"  # whatever the other thread has
+        return backends.backend("reference")
+
+    crossing(enter, inside)
+    assert chosen() == "c++" and not backends._state.compiled_reference
+
+
+def test_two_tasks_choose_their_backend_apart() -> None:
+    async def one(before: float, inside: float) -> None:
+        await asyncio.sleep(before)
+        assert chosen() == "c++"
+        with backends.backend("reference"):
+            await asyncio.sleep(inside)
+            assert chosen() == "reference"
+        assert chosen() == "c++"
+
+    async def both() -> None:
+        await asyncio.gather(one(0.0, 0.1), one(0.05, 0.2))
+
+    asyncio.run(both())
+    assert chosen() == "c++" and not backends._state.compiled_reference
+
+
+def test_the_environment_is_the_default_of_every_thread() -> None:
+    code = (
+        "import threading\nfrom mmkernels import backends\n"
+        "def say(): print(backends.chosen_kernel('patch_embed', 'cpu')[0])\n"
+        "with backends.backend('auto'): say(); t = threading.Thread(target=say); t.start(); t.join()\n"
+        "say()"
+    )
+    assert run(code, MMKERNELS_BACKEND="reference").stdout.split() == ["c++"] + ["reference"] * 2
+
+
+def test_two_threads_watch_their_own_kernels() -> None:
+    found: list[dict[str, str]] = []
+
+    def enter() -> AbstractContextManager[Any]:
+        watch = which_kernel_ran()
+        stack = ExitStack()
+        found.append(stack.enter_context(watch))
+        return stack
+
+    crossing(enter, embed)
+    assert found == [{"patch_embed": "native"}] * 2
+    assert backends._ran.get() is None
+
+
+def test_a_backward_follows_its_forward() -> None:
+    """Of the reference it is torch's own, wherever it runs: no op of ours is called."""
+    weight = torch.zeros(4, 3, 4, 4, requires_grad=True)
+    with backends.backend("reference"):
+        out = mmkernels.patch_embed(torch.zeros(1, 3, 8, 8), weight)
+    with which_kernel_ran() as ran:
+        out.sum().backward()
+    assert ran == {}
+    out = mmkernels.patch_embed(torch.zeros(1, 3, 8, 8), weight)
+    with which_kernel_ran() as ran, backends.backend("reference"):
+        out.sum().backward()
+    assert ran == {"patch_embed_backward": "native"}
+
+
+def test_compiled_code_follows_the_backend() -> None:
+    torch._dynamo.reset()
+    called: list[str] = []
+
+    def recorded(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        ours = any("mmkernels" in str(node.target) for node in graph.graph.nodes)
+
+        def run(*tensors: torch.Tensor) -> Any:
+            called.append("kernel" if ours else "reference")
+            return graph(*tensors)
+
+        return run
+
+    compiled = torch.compile(embed, fullgraph=True, backend=recorded)
+    for _ in range(2):
+        compiled()
+        with backends.backend("reference"):
+            compiled()
+            with backends.backend("auto"):
+                compiled()
+    assert called == ["kernel", "reference", "kernel"] * 2
+
+    def inside() -> torch.Tensor:
+        with backends.backend("reference"):
+            return embed()
+
+    torch.compile(inside, fullgraph=True, backend=recorded)()
+    assert called[6:] == ["reference"] and chosen() == "c++"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import mmkernels
 from mmkernels import OPS, backends
 from mmkernels.testing import Invalid
 from mmkernels.testing.case import map_tensors
@@ -158,3 +159,36 @@ def test_the_op_of_cross_attention_refuses_what_would_leave_its_memory() -> None
             ops.cross_attention_backward(
                 grad, query, context, None, weight, weight, None, *none, out, sums, *rest, needs
             )
+
+
+def test_a_grid_may_be_lists() -> None:
+    grid, rows, weight = [[1, 2, 4], [2, 2, 2]], torch.randn(16, 12), torch.randn(5, 12)
+    tensor = torch.tensor(grid)
+    for op, args in (
+        (mmkernels.patch_embed, (rows, weight)),
+        (mmkernels.patch_merge, (rows,)),
+        (lambda *a, **k: mmkernels.patch_embed_packed(*a, **k).tokens, (rows, weight)),
+    ):
+        assert torch.equal(op(*args, grid_thw=grid), op(*args, grid_thw=tensor))
+    ids = torch.full((1, 4), 151655)
+    for kind, token in (("image", 151655), ("video", 151656)):
+        ids.fill_(token)
+        named, none = {f"{kind}_grid_thw": grid[1:]}, {f"{kind}_grid_thw": []}
+        got = mmkernels.mrope_positions(ids[:, :2], family="qwen2_vl", **named)[0]
+        named = {f"{kind}_grid_thw": tensor[1:]}
+        assert torch.equal(
+            got, mmkernels.mrope_positions(ids[:, :2], family="qwen2_vl", **named)[0]
+        )
+        mmkernels.mrope_positions(torch.zeros_like(ids), family="qwen2_vl", **none)
+
+
+def test_a_spectrogram_without_its_batch() -> None:
+    embed = mmkernels.nn.AudioPatchEmbed(8, 16)
+    with pytest.raises(
+        ValueError, match=r"input_values must be \[B, frames, mel\], got \[98, 128\]"
+    ):
+        embed(torch.zeros(98, 128))
+    with pytest.raises(
+        ValueError, match=r"pixel_values must be \[B, C, H, W\].*got \[3, 32, 768\]"
+    ):
+        mmkernels.nn.PatchEmbed(3, 8, 16)(torch.zeros(3, 32, 768))

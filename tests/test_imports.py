@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "mmkernels"
 ROOMS = {
     "hf": {"hf", "nn", "cache", "ops", "backends", "checks"},
-    "ops": {"ops", "backends", "checks", "testing"},
+    "ops": {"ops", "backends", "checks", "testing", "transforms"},
     "testing": {"testing", "backends"},
     "nn": {"nn", "ops", "backends", "checks"},
     "cache": {"cache", "ops"},

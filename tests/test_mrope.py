@@ -118,3 +118,22 @@ def test_the_op_itself_refuses_what_would_leave_its_memory() -> None:
                 op(*arguments, "half", 1.0)
         with pytest.raises(RuntimeError, match="pairing must be half or adjacent"):
             op(x, x, at, freq, axis, "neox", 1.0)
+
+
+def test_the_table_of_pairs_is_told_from_the_table_of_channels() -> None:
+    """transformers' table, made as the error says, is its rotation; equal entries are a table of channels."""
+    query = torch.randn(1, 5, 2, 32)
+    pairs = 1e4 ** -(torch.arange(16) / 16)
+    positions = torch.arange(5)[None]
+    for pairing, table in (
+        ("half", torch.cat([pairs, pairs])), ("adjacent", pairs.repeat_interleave(2)),
+    ):  # fmt: skip
+        mrope(query, query, positions, table, pairing=pairing)
+        with pytest.raises(ValueError, match="mrope: inv_freq must be of an entry a channel"):
+            mrope(query, query, positions, pairs, pairing=pairing)
+    for table in (torch.ones(8), torch.zeros(16), pairs.flip(0), pairs.repeat(2)[:24]):
+        mrope(query, query, positions, table)
+    compiled = torch.compile(
+        lambda t: mrope(query, query, positions, t), fullgraph=True, backend="eager"
+    )
+    compiled(torch.cat([pairs, pairs]))  # values are not read there

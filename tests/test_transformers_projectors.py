@@ -7,11 +7,13 @@ truth as transformers' module in that dtype, or one ulp of the largest value, by
 """
 
 import contextlib
+import copy
 import statistics
 
 import pytest
 import torch
 
+import mmkernels
 from mmkernels.testing import yardstick
 
 pytest.importorskip("transformers")
@@ -64,3 +66,51 @@ def test_enough_classes() -> None:
     assert len({f.path for f in FAMILIES}) >= 24
     names = [f.name for f in FAMILIES]
     assert len(names) == len(set(names))
+
+
+def ratios_of_a_hidden_row(dtype: torch.dtype, seed: int) -> list[float]:
+    """Error over bound of both algorithms and of the patched head, of one draw."""
+    from transformers.models.siglip2 import modeling_siglip2 as siglip2
+
+    config = siglip2.Siglip2VisionConfig(
+        hidden_size=32, num_attention_heads=4, intermediate_size=48, attn_implementation="sdpa"
+    )
+    torch.manual_seed(seed)
+    head = siglip2.Siglip2MultiheadAttentionPoolingHead(config).eval()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    head = head.to(dtype)
+    ours = mmkernels.nn.AttentionPool(32, 4, 48).to(dtype).eval()
+    ours.load_state_dict(head.state_dict())
+    tokens = torch.randn(4, 6, 32).to(dtype)
+    mask = torch.tensor([[0] * 6, [1, 1, 1, 0, 0, 0], [1] * 6, [0, 0, 0, 0, 0, 1]])
+    expected = copy.deepcopy(head).double()(tokens.double(), mask)
+    largest, theirs = expected.abs().max(), (head(tokens, mask).double() - expected).abs().max()
+    bound = 1e-9 * largest
+    if dtype != torch.float64:
+        bound = torch.maximum(1.4 * theirs, yardstick.ulp(largest, dtype))
+    got = []
+    for ours.algorithm in ("absorbed", "projected"):
+        got.append(ours(tokens, mask))
+    with mmkernels.patch(head):
+        got.append(head(tokens, mask))
+    return [float((out.double() - expected).abs().max() / bound) for out in got]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_a_row_whose_mask_hides_everything(dtype: torch.dtype) -> None:
+    """SigLIP2's head averages all values there."""
+    drawn = [ratios_of_a_hidden_row(dtype, seed) for seed in range(5)]
+    medians = [statistics.median(row) for row in zip(*drawn, strict=True)]
+    assert max(medians) <= 1, medians
+
+
+def test_a_hidden_row_under_autocast_stays_finite() -> None:
+    ours = mmkernels.nn.AttentionPool(32, 4, 48).eval()
+    for algorithm in ("absorbed", "projected"):
+        ours.algorithm = algorithm
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, shown = (
+                ours(torch.ones(1, 6, 32), m) for m in torch.tensor([[[0] * 6], [[1] * 6]])
+            )
+        assert torch.equal(hidden, shown)  # tokens that are alike: their average is any of them

@@ -13,7 +13,7 @@ from torch import nn
 from mmkernels import Norm, cross_attention
 from mmkernels.hf.patch_embed import noise
 from mmkernels.hf.row import Found, class_of
-from mmkernels.nn.attention_pool import multihead_attention
+from mmkernels.nn.attention_pool import hiding, multihead_attention
 
 
 def has(module: nn.Module, linears: str, *others: str) -> bool:
@@ -99,10 +99,8 @@ def _pool(
     given = () if attention_mask is None else (attention_mask,)
     if any(m.dim() != 2 for m in given):
         return original(hidden_state, *given)
-    allowed = None if attention_mask is None else attention_mask[:, None, None].bool()
-    hidden_state = multihead_attention(
-        module.attention, module.probe[0], hidden_state, mask=allowed
-    )
+    mask = None if attention_mask is None else hiding(attention_mask, hidden_state)
+    hidden_state = multihead_attention(module.attention, module.probe[0], hidden_state, mask=mask)
     out: torch.Tensor = hidden_state + module.mlp(module.layernorm(hidden_state))
     return out[:, 0]
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mmkernels
+from mmkernels import checks
 from mmkernels.ops.cross_attention import Position
 
 
@@ -47,15 +48,28 @@ class AttentionPool(nn.Module):
     def forward(
         self, hidden_state: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """``[B, n, D]`` → ``[B, D]`` (``[B, probes, D]`` with more than one). The mask is ``[B, n]``, non-zero =
-        attend."""
-        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        """``[B, n, D]`` → ``[B, D]`` (``[B, probes, D]`` with more than one).
+
+        The mask is ``[B, n]``, non-zero = attend. An image whose mask hides every token gives the average of all its
+        values, as in transformers.
+        """
+        mask = None if attention_mask is None else hiding(attention_mask, hidden_state)
         y = multihead_attention(
             self.attention, self.probe[0], hidden_state, mask=mask, algorithm=self.algorithm
         )
         inner = F.gelu(self.mlp.fc1(self.layernorm(y)), approximate="tanh")  # type: ignore[operator]
         pooled: torch.Tensor = y + self.mlp.fc2(inner)  # type: ignore[operator]
         return pooled[:, 0] if pooled.shape[1] == 1 else pooled
+
+
+def hiding(attention_mask: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
+    """``[B, n]`` → what is added to the scores, ``[B, 1, 1, n]``: the least number of the dtype, as transformers adds.
+
+    Added to every score of a row, it leaves them equal.
+    """
+    least = torch.finfo(checks.dtype_of(hidden_state)).min
+    shown = attention_mask[:, None, None].bool()
+    return torch.zeros_like(shown, dtype=hidden_state.dtype).masked_fill(~shown, least)
 
 
 def multihead_attention(

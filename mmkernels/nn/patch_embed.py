@@ -142,7 +142,10 @@ class PatchEmbed(_Patches):
         *,
         grid_thw: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``[B, C, H, W]``, ``[B, C, T, H, W]``, ``[B, N, K]`` → ``[B, R+N, D]``; rows ``[n, K]`` → ``[n, D]``."""
+        """``[B, C, H, W]``, ``[B, C, T, H, W]``, or rows: ``[B, R+N, D]``. Rows ``[n, K]``: ``[n, D]``.
+
+        Rows ``[B, N, K]`` want the weight of a Linear: beside a convolution's they would be an image without a batch.
+        """
         inputs, options = self._normed(pixel_values), {**self.options, "grid_thw": grid_thw}
         if self.norm is None:
             options |= {"position_embed": position_embed, "prefix_tokens": prefix_tokens}
@@ -266,6 +269,10 @@ class AudioPatchEmbed(PatchEmbed):
         prefix_tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``[B, frames, mel]`` → ``[B, R+N, D]``, patches by frequency, then time."""
+        if input_values.dim() != 3:
+            raise ValueError(
+                f"input_values must be [B, frames, mel], got {list(input_values.shape)}"
+            )
         return super().forward(input_values.mT.unsqueeze(1), position_embed, prefix_tokens)
 
 

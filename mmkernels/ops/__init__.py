@@ -13,6 +13,9 @@ from mmkernels.ops.patch_embed import PackedPatches, patch_embed, patch_embed_pa
 from mmkernels.ops.patch_merge import patch_merge
 from mmkernels.ops.rope_write_kv import rope_write_kv
 
+# isort: split
+from mmkernels.ops import flops  # noqa: F401 (registers the formulas, of ops that are defined)
+
 OPS = (
     "patch_embed",
     "cross_attention",

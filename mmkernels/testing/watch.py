@@ -14,6 +14,7 @@ class _Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.spoken: list[tuple[str, str]] = []  # (op, kernel)
 
     def __torch_dispatch__(
         self,
@@ -24,7 +25,12 @@ class _Calls(TorchDispatchMode):
     ) -> Any:
         if func.namespace == "mmkernels":
             self.calls.append((func._schema.name.removeprefix("mmkernels::"), args))
-        return func(*args, **(kwargs or {}))
+        # For the call alone: torch brings this mode into the threads of a backward, not our variable.
+        token = backends._ran.set(self.spoken)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            backends._ran.reset(token)
 
 
 @contextlib.contextmanager
@@ -39,14 +45,10 @@ def which_kernel_ran() -> Iterator[dict[str, str]]:
     """Op → ``"native"``, ``"triton"`` or ``"reference"``, filled when the block ends.
 
     The reference and Triton launchers, being Python, say so themselves; an op that was called while
-    neither spoke ran in the native library.
+    neither spoke ran in the native library. Other threads may watch too: each sees its own calls.
     """
     ran: dict[str, str] = {}
-    before, backends._ran = backends._ran, []
-    try:
-        with captured_calls() as calls:
-            yield ran
-        spoken = dict(backends._ran)
-        ran.update({op: spoken.get(op, "native") for op, _ in calls})
-    finally:
-        backends._ran = before
+    with _Calls() as mode:
+        yield ran
+    spoken = dict(mode.spoken)
+    ran.update({op: spoken.get(op, "native") for op, _ in mode.calls})

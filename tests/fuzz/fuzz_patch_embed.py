@@ -128,6 +128,7 @@ def _image(r: random.Random, x: dict[str, Any]) -> dict[str, Any]:
             "rows": True,
             "m": 1,
             "edge": "",
+            "order": x["order"] or r.choice(("cpp", "ppc")),  # beside a Linear's weight
             "B": r.choice((0, 1, 1, 2, 3)),
             "H": r.randint(1, 4),
         }

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from mmkernels import checks
+from mmkernels import checks, transforms
 from mmkernels.ops.compact_kv.op import FORWARD
 from mmkernels.ops.compact_kv.reference import OP
 
@@ -111,6 +111,7 @@ def _check_caches(keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
             if torch.is_grad_enabled() and cache.requires_grad:
                 expected = "without gradient: it is written in place"
                 checks.fail(OP, name, "requires_grad", expected)
+            transforms.refuse_tangents(OP, **{name: cache})
     if min(keys[0].shape[2:]) < 1:
         checks.fail(OP, "key_cache", list(keys[0].shape), "pages of at least one slot")
 

@@ -186,6 +186,7 @@ INVALID = [
     Invalid("value_shape", lambda i: {**i, "value_cache": i["value_cache"][:1]}, "value_cache must be of one shape in K and V"),
     Invalid("value_dtype", lambda i: {**i, "value_cache": i["value_cache"].half()}, "value_cache must be of one dtype and device"),
     Invalid("keep_int", _set(keep=torch.ones(3, 13).long()), "keep must be bool", TypeError),
+    Invalid("table_rows", lambda i: {**i, "block_table": i["block_table"][:2]}, r"block_table must be \[B, P\] with B = 3, as seq_lens, got \[2, "),
     Invalid("keep_short", _set(keep=torch.ones(3, 12).bool()), r"seq_lens\[0\] must be in \[0, 12\], what block_table and keep can hold, got 13"),
     Invalid("keep_rows", _set(keep=torch.ones(2, 13).bool()), r"keep must be \[B, L\] with B = 3"),
     Invalid("lens_negative", _set(seq_lens=torch.tensor([13, -1, 5])), r"seq_lens\[1\] must be in \[0, 13\].*got -1"),

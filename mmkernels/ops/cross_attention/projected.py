@@ -4,6 +4,7 @@
 import torch
 import torch.nn.functional as F
 
+from mmkernels import transforms
 from mmkernels.ops.cross_attention.arguments import over_latents
 from mmkernels.ops.norm import Norm
 from mmkernels.ops.patch_merge.api import normed
@@ -38,9 +39,9 @@ def projected(
     k = k if key_norm is None else normed(k, key_norm)
     if mask is not None:
         mask = mask.to(k.dtype) if mask.is_floating_point() else mask
-    out = F.scaled_dot_product_attention(
-        q, k, v, over_latents(mask, latents), dropout_p, scale=scale
-    )
+    mask = over_latents(mask, latents)
+    with transforms.plain_attention((q, k, v, mask)):
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
     return out.transpose(1, 2).flatten(2)
 
 

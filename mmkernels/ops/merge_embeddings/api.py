@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mmkernels import backends, checks
+from mmkernels import backends, checks, transforms
 from mmkernels.ops.merge_embeddings.op import FORWARD, OUT
 
 _OP = "merge_embeddings"
@@ -131,6 +131,8 @@ def _check_out(
         checks.fail(_OP, "out", f"strides {list(out.stride())}", "contiguous")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (out, text, *features)):
         checks.fail(_OP, "out", "given", "None where a gradient is needed")
+    if any(map(transforms.has_tangent, ((out,), (text,), features))):
+        checks.fail(_OP, "out", "given", "None under forward-mode AD")
 
 
 def _must_not_sync() -> bool:
@@ -179,6 +181,9 @@ def checked_features(
 
 def _checked_feature(op: str, feature: torch.Tensor, m: int, text: torch.Tensor) -> torch.Tensor:
     name = f"features[{m}]"
+    if isinstance(feature, list | tuple):
+        expected = "one tensor [n, D] (torch.cat joins the images of a modality)"
+        checks.fail(op, name, f"a {type(feature).__name__} of {len(feature)}", expected)
     checks.floating(op, name, feature)
     if feature.device != text.device:
         checks.fail(op, name, feature.device, f"on the device of the embeddings, {text.device}")
@@ -209,6 +214,7 @@ def _check_places(
             _OP, "feature_rows", f"{len(feature_rows)} tensors", f"one for each of {M} features"
         )
     for m, (rows, feature) in enumerate(zip(feature_rows, features, strict=True)):
+        checks.tensor(_OP, f"feature_rows[{m}]", rows)
         if rows.dtype != torch.int64:
             raise TypeError(f"{_OP}: feature_rows[{m}] must be int64, got {rows.dtype}")
         checks.shape(

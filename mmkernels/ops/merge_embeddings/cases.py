@@ -218,6 +218,7 @@ INVALID = [
     Invalid("no_text", _set(embed_weight=None), "embed_weight must be a tensor unless inputs_embeds is given"),
     Invalid("weight_3d", _set(embed_weight=torch.zeros(1, 11, 6)), r"embed_weight must be \[V, D\]"),
     Invalid("embeds_shape", _set(inputs_embeds=torch.zeros(2, 6, 6)), r"inputs_embeds must be .*got \[2, 6, 6\]"),
+    Invalid("features_nested", lambda i: {**i, "features": [[f] for f in i["features"]]}, r"features\[0\] must be one tensor \[n, D\] \(torch.cat.*got a list of 1"),
     Invalid("feature_width", lambda i: {**i, "features": [f[:, :5] for f in i["features"]]}, r"features\[0\] must be \[n, D\] with D = 6"),
     Invalid("same_ids", _set(feature_token_ids=[14, 14]), "feature_token_ids must be all different"),
     Invalid("ids_missing", _set(feature_token_ids=[14]), "feature_token_ids must be one id for each of 2 features"),

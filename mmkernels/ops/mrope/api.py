@@ -31,7 +31,9 @@ def mrope(
         key: The same with its own number of heads.
         position_ids: int64 or int32 ``[B, L]`` (``[T]``), broadcast over B, or ``[A, B, L]`` (``[A, T]``) with
             ``axis``. Without A, a text's, all axes are alike.
-        inv_freq: ``[r]``, one entry for each rotary **channel**, r even, r ≤ d; the same for all heads.
+        inv_freq: ``[r]``, one entry for each rotary **channel**, r even, r ≤ d; the same for all heads. transformers
+            keeps one a pair: ``torch.cat([inv_freq, inv_freq])`` for "half", ``repeat_interleave(2)`` for "adjacent".
+            On CPU eight entries or more that only fall are an error; on CUDA they are not read.
         axis: ``[r]``, the row of ``position_ids`` each channel follows; None: one axis. ``rope_table`` makes
             both from a rotary module of transformers.
         pairing: ``"half"``: c and c + r/2 turn together (``rotate_half``: Llama, Qwen); ``"adjacent"``: 2i and

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``mrope`` and ``rope_write_kv`` both check: positions and the table of rotary channels."""
 
+import itertools
+import weakref
+from typing import Any
+
 import torch
 
-from mmkernels import checks
+from mmkernels import checks, transforms
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)  # not a tensor without values
+# The last table of channels and its version: a decoder gives the same one at every layer.
+_known: list[Any] = [lambda: None, 0]
 
 
 def check_heads(op: str, name: str, heads: torch.Tensor, query: torch.Tensor) -> None:
@@ -33,6 +41,7 @@ def check_table(
         )
         checks.fail(op, "inv_freq", list(inv_freq.shape), expected)
     _on_device(op, "inv_freq", inv_freq, query)
+    _check_channels(op, inv_freq, pairing)
     inv_freq = inv_freq if inv_freq.dtype == torch.float32 else inv_freq.float()
     if axis is None:
         return inv_freq, None
@@ -40,6 +49,31 @@ def check_table(
     checks.shape(op, "axis", axis, tuple(inv_freq.shape), "[r]")
     _on_device(op, "axis", axis, query)
     return inv_freq, axis if axis.dtype == torch.int64 else axis.long()
+
+
+def _check_channels(op: str, inv_freq: torch.Tensor, pairing: str) -> None:
+    """Not transformers' table, of an entry a pair: both channels of a pair have one entry, so entries never only fall.
+
+    Told from 8 entries on, on CPU alone: reading a GPU's would wait for it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if _known[0]() is inv_freq and _known[1] == inv_freq._version:
+        return
+    if type(inv_freq) not in _PLAIN or transforms.is_wrapped(inv_freq):
+        return
+    if inv_freq.device.type != "cpu" or inv_freq.shape[0] < 8:
+        return
+    values = inv_freq.tolist()
+    if all(a > b for a, b in itertools.pairwise(values)):
+        table = "torch.cat([inv_freq, inv_freq])"
+        table = table if pairing == "half" else "inv_freq.repeat_interleave(2)"
+        expected = (
+            f"of an entry a channel, the same for both of a pair: {table} (or use rope_table)"
+        )
+        checks.fail(op, "inv_freq", f"{len(values)} falling entries, one a pair", expected)
+    if not inv_freq.is_inference():  # such a tensor has no version
+        _known[:] = weakref.ref(inv_freq), inv_freq._version
 
 
 def positions_of(

@@ -301,6 +301,9 @@ def bits(*sizes: int) -> torch.Tensor:
     return torch.zeros(sizes, dtype=torch.int32)
 
 
+PAIRS = torch.logspace(0, -4, 8).view(torch.int32)  # as transformers keeps it
+
+
 def _axis(channel: int, value: int) -> Any:
     def change(inputs: Inputs) -> Inputs:
         axis = inputs["axis"].clone()
@@ -320,6 +323,8 @@ INVALID = [
     Invalid("odd_table", _set(inv_freq=bits(15), axis=None), r"inv_freq must be \[r\], an even number .*got \[15\]"),
     Invalid("wide_table", _set(inv_freq=bits(18), axis=None), r"inv_freq must be .*at most 16.*got \[18\]"),
     Invalid("table_rank", _set(inv_freq=bits(2, 8), axis=None), r"inv_freq must be .*got \[2, 8\]"),
+    Invalid("table_of_pairs", _set(inv_freq=PAIRS, axis=None), r"inv_freq must be of an entry a channel.*torch.cat\(\[inv_freq, inv_freq\]\).*got 8 falling entries"),
+    Invalid("table_of_pairs_adjacent", _set(inv_freq=PAIRS, axis=None, pairing="adjacent"), r"inv_freq must be .*inv_freq.repeat_interleave\(2\)"),
     Invalid("axis_length", _set(axis=torch.zeros(8, dtype=torch.int64)), r"axis must be \[r\] = \[16\], got \[8\]"),
     Invalid("axis_float", _set(axis=torch.zeros(16)), "axis must be int64 or int32, got torch.float32", TypeError),
     Invalid("axis_too_large", _axis(7, 3), r"axis\[7\] is 3, expected a row of position_ids in \[0, 3\)"),

@@ -10,6 +10,7 @@ from mmkernels.ops.mrope_positions.families import CANVAS, OP, RUNS, Family, fam
 from mmkernels.ops.mrope_positions.op import FORWARD
 
 _INTEGERS = (torch.int64, torch.int32)
+Grid = torch.Tensor | Sequence[Sequence[int]]
 
 
 def mrope_positions(
@@ -19,8 +20,8 @@ def mrope_positions(
     family: str | Family,
     image_token_id: int | None = None,
     video_token_id: int | None = None,
-    image_grid_thw: torch.Tensor | None = None,
-    video_grid_thw: torch.Tensor | None = None,
+    image_grid_thw: Grid | None = None,
+    video_grid_thw: Grid | None = None,
     second_per_grid_ts: torch.Tensor | Sequence[float] | None = None,
     audio_seqlens: torch.Tensor | None = None,
     images_per_sample: torch.Tensor | None = None,
@@ -41,7 +42,8 @@ def mrope_positions(
         family: transformers' ``model_type``, or a row of numbers, ``family_of(model.config)``, for a checkpoint whose
             token ids or rates are not its config class's defaults.
         image_token_id, video_token_id: Instead of the family's.
-        image_grid_thw: ``[images, 3]`` patches along t, h, w, not merged. MiniCPM-V: ``target_sizes``, ``[crops, 2]``.
+        image_grid_thw: ``[images, 3]`` (or lists) patches along t, h, w, not merged. MiniCPM-V: ``target_sizes``,
+            ``[crops, 2]``.
         video_grid_thw: ``[videos, 3]`` (``[crops, 2]``).
         second_per_grid_ts: Seconds between merged frames of each video (Qwen2.5-VL, the omni models).
         audio_seqlens: Frames of each audio before the encoder (the omni models; audio in video is found by its tokens).
@@ -147,10 +149,12 @@ def _check_tokens(
         checks.fail(OP, "input_ids", list(input_ids.shape), "[T] or [1, T] with cu_seqlens")
 
 
-def _grid(name: str, grid: torch.Tensor | None, row: Family) -> torch.Tensor | None:
-    if grid is None:
+def _grid(name: str, given: Grid | None, row: Family) -> torch.Tensor | None:
+    if given is None:
         return None
     sides = 2 if row.scan == CANVAS else 3
+    grid = checks.grid(OP, name, given)
+    grid = grid[:, :sides] if grid.numel() == 0 and grid.dim() == 2 else grid
     if grid.dim() != 2 or grid.shape[1] != sides or grid.dtype not in _INTEGERS:
         checks.fail(OP, name, _told(grid), f"int64 or int32 [n, {sides}]")
     return torch.nn.functional.pad(grid, (1, 0), value=1) if sides == 2 else grid

@@ -228,6 +228,8 @@ INVALID = [
     Invalid("zero", _grid(lambda g: g * torch.tensor([0, 1, 1])), r"image_grid_thw\[0\] must be .* from 1 .*got \[0, 4, 6\]"),
     Invalid("vast", _grid(lambda g: g * 2**40), r"image_grid_thw\[0\] must be .* to 2\^20"),
     Invalid("grid_shape", _grid(lambda g: g[:, :2]), r"image_grid_thw must be int64 or int32 \[n, 3\], got int64 \[4, 2\]"),
+    Invalid("grid_ragged", _with(image_grid_thw=[[1, 4, 6], [1]]), "image_grid_thw must be a tensor, or as many numbers"),
+    Invalid("grid_of_two", _with(image_grid_thw=[[4, 6]]), r"image_grid_thw must be int64 or int32 \[n, 3\], got int64 \[1, 2\]"),
     Invalid("types", lambda i: {**i, "mm_token_type_ids": i["mm_token_type_ids"] + 3}, r"mm_token_type_ids of sample 0 must be 0 \(text\), 1 \(image\) or 2 \(video\), got"),
     Invalid("types_shape", lambda i: {**i, "mm_token_type_ids": i["mm_token_type_ids"][:1]}, "mm_token_type_ids must be that of input_ids"),
     Invalid("mask_shape", lambda i: {**i, "attention_mask": i["attention_mask"][:, 1:]}, "attention_mask must be that of input_ids"),

@@ -153,5 +153,6 @@ INVALID = [
     Invalid("two_dims", lambda i: {**i, "plan": i["plan"][None]}, r"row_source must be int64 \[T\]"),
     Invalid("weight_3d", _set(embed_weight=torch.zeros(1, 11, 6)), r"embed_weight must be \[V, D\]"),
     Invalid("weight_int", _set(embed_weight=torch.zeros(11, 6, dtype=torch.int64)), "embed_weight must be float64", TypeError),
+    Invalid("features_nested", lambda i: {**i, "features": [[f] for f in i["features"]]}, r"features\[0\] must be one tensor \[n, D\] \(torch.cat.*got a list of 1"),
     Invalid("feature_width", lambda i: {**i, "features": [f[:, :5] for f in i["features"]]}, r"features\[0\] must be \[n, D\] with D = 6"),
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 
 import torch
 
-from mmkernels import checks
+from mmkernels import checks, transforms
 from mmkernels.ops.paged_attention.op import FORWARD
 from mmkernels.ops.paged_attention.reference import OP
 
@@ -112,6 +112,7 @@ def _check_query(query: torch.Tensor, *caches: torch.Tensor) -> None:
         checks.fail(OP, "query", query.device, f"on the device of the caches, {caches[0].device}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, *caches)):
         checks.fail(OP, "query", "requires_grad", "called under torch.no_grad(): inference only")
+    transforms.refuse_tangents(OP, query=query, key_cache=caches[0], value_cache=caches[1])
 
 
 def _check_index(
@@ -127,8 +128,11 @@ def _check_index(
         want is None or have == want for have, want in zip(index.shape, shape, strict=True)
     )
     if not fits:
-        wanted = "" if None in shape else f" = {list(shape)}"
-        checks.fail(OP, name, list(index.shape), f"{letters}{wanted}")
+        names = letters.strip("[]").split(", ")
+        sizes = [n if size is None else str(size) for n, size in zip(names, shape, strict=True)]
+        wanted = f"[{', '.join(sizes)}]"
+        expected = letters if wanted == letters else f"{letters} = {wanted}"
+        checks.fail(OP, name, list(index.shape), expected)
     if index.device != query.device:
         checks.fail(OP, name, index.device, f"on the device of query, {query.device}")
 

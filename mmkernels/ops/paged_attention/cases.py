@@ -311,7 +311,7 @@ INVALID = [
     Invalid("bytes_without_scale", _set(**_BYTES), "k_scale must be given with an int8 cache, None with a float one, got None"),
     Invalid("scale_of_floats", _set(v_scale=1.0), "v_scale must be given with an int8 cache, None with a float one, got a scale"),
     Invalid("scale_shape", _set(**_BYTES, k_scale=torch.ones(3), v_scale=1.0), r"k_scale must be one number or \[H\] = \[2\], got \[3\]"),
-    Invalid("table_rows", _set(block_table=torch.zeros(2, 3).long()), r"block_table must be \[B, P\], got \[2, 3\]"),
+    Invalid("table_rows", _set(block_table=torch.zeros(2, 3).long()), r"block_table must be \[B, P\] = \[3, P\], got \[2, 3\]"),
     Invalid("table_float", _set(block_table=torch.zeros(3, 3)), "block_table must be int32 or int64", TypeError),
     Invalid("lens_shape", _set(seq_lens=torch.zeros(3, 1).long()), r"seq_lens must be \[B\] = \[3\], got \[3, 1\]"),
     Invalid("lens_negative", _set(seq_lens=torch.tensor([1, -1, 2])), r"seq_lens\[1\] must be in \[0, 48\], what block_table can hold, got -1"),

@@ -8,6 +8,7 @@ import torch
 
 from mmkernels import checks
 from mmkernels.ops.patch_embed import arguments
+from mmkernels.ops.patch_embed.arguments import Grid
 from mmkernels.ops.patch_embed.layout import OP, Layout, check_positions, sources
 from mmkernels.ops.patch_embed.op import FORWARD
 
@@ -26,7 +27,7 @@ def patch_embed(
     prefix: str = "first",
     patch_order: str = "cpp",
     merge_size: int = 1,
-    grid_thw: torch.Tensor | None = None,
+    grid_thw: Grid | None = None,
     pad: bool = False,
     crop: bool = False,
 ) -> torch.Tensor:
@@ -37,8 +38,9 @@ def patch_embed(
 
     Args:
         pixel_values: Images ``[B, C, H, W]``, clips ``[B, C, T, H, W]``, or patches already cut,
-            ``[B, N, K]`` or ``[n, K]``; uint8 or float, any strides (NHWC and ``[B, T, C, H, W]`` are
-            permuted views). H and W in pixels. uint8 without ``rescale_factor`` means 0…255.
+            ``[n, K]``, or ``[B, N, K]`` with a ``[D, K]`` weight; uint8 or float, any strides (NHWC and
+            ``[B, T, C, H, W]`` are permuted views). H and W in pixels. uint8 without ``rescale_factor``
+            means 0…255. A single image needs a batch, ``image[None]``.
         weight: ``[D, C, P_h, P_w]`` of a Conv2d, ``[D, C, P_t, P_h, P_w]`` of a Conv3d, or ``[D, K]`` of
             a Linear; float64, float32, float16 or bfloat16. Its dtype is the output's and that of all
             other float arguments but the pixels. One frame (a 4-D image, or T = 1) under a temporal weight
@@ -57,8 +59,8 @@ def patch_embed(
             (t, h, w, channel: SigLIP2, Gemma, Pix2Struct).
         merge_size: m > 1 gives the tokens of each m×m block one after the other (Qwen2-VL), with their
             positions. Rows are in that order already; then ``grid_thw`` tells the grids.
-        grid_thw: With rows ``[n, K]``: int64 or int32 ``[images, 3]``, the grid of each image, on the
-            rows' device or the CPU.
+        grid_thw: With rows ``[n, K]``: int64 or int32 ``[images, 3]`` (or lists), the grid of each image,
+            on the rows' device or the CPU.
         pad: Fills the last patch of an axis that does not divide: pixels by 0 after normalising, time by
             the last frame.
         crop: Leaves a rest of pixels or frames out, as convolutions do. Default: a rest is an error.
@@ -81,6 +83,8 @@ def patch_embed(
         ``Qwen2VLPatchEmbed``, ``Siglip2VisionEmbeddings``, ``ASTPatchEmbeddings`` of transformers.
     """
     arguments.check_merge(merge_size, prefix)
+    arguments.check_layout("pixel_values", pixel_values, weight, batched=True)
+    grid_thw = None if grid_thw is None else checks.grid(OP, "grid_thw", grid_thw)
     if pixel_values.dim() in (2, 3):
         values, conv, scale, shift, sizes = _rows(
             pixel_values, weight, patch_order, grid_thw, rescale_factor, image_mean, image_std
@@ -124,7 +128,7 @@ def _images(
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """``[B,C,T,H,W]``, the weight of a convolution, its stride."""
     if pixel_values.dim() not in (4, 5):
-        shapes = "[B, C, H, W], [B, C, T, H, W], [B, N, K] or [n, K]"
+        shapes = "[B, C, H, W], [B, C, T, H, W], or rows [B, N, K] or [n, K]"
         checks.fail(OP, "pixel_values", list(pixel_values.shape), shapes)
     if grid_thw is not None:
         checks.fail(OP, "grid_thw", "a tensor", "None unless pixel_values are rows [n, K]")

@@ -11,6 +11,26 @@ from mmkernels import checks
 from mmkernels.ops.patch_embed.layout import OP
 
 Numbers = list[float] | None
+Grid = torch.Tensor | Sequence[Sequence[int]]
+
+
+def check_layout(name: str, pixels: torch.Tensor, weight: torch.Tensor, *, batched: bool) -> None:
+    """The axes are the op's: not a picture without its batch, not one whose channels come last."""
+    checks.tensor(OP, name, pixels)
+    checks.tensor(OP, "weight", weight)
+    if batched and pixels.dim() == 3 and weight.dim() != 2:  # else read as rows wherever W is K
+        expected = "[B, C, H, W] (image[None] of one image), or rows [B, N, K] with a [D, K] weight"
+        checks.fail(OP, name, list(pixels.shape), expected)
+    if pixels.dim() != 3 + batched:
+        return
+    channel = pixels.shape[-3]
+    known = weight.shape[1] if weight.dim() > 2 else 3
+    # A Linear's weight does not tell its channels, but no picture is three pixels wide.
+    wrong = channel != known if weight.dim() > 2 else channel > 4
+    if wrong and pixels.shape[-1] == known:
+        letters, order = ("[B, C, H, W]", (0, 3, 1, 2)) if batched else ("[C, H, W]", (2, 0, 1))
+        expected = f"{letters} with C = {known} (permute{order} brings channels there, a view)"
+        checks.fail(OP, name, list(pixels.shape), expected)
 
 
 def weight_of_images(

@@ -22,7 +22,7 @@ _LAYOUT = (
 )
 
 
-def _token_count(
+def token_count(
     images: list[torch.Tensor],
     weight: torch.Tensor,
     prefix_rows: int,
@@ -66,7 +66,7 @@ def _fake(
     *layout: Any,
 ) -> torch.Tensor:
     R = 0 if prefix_tokens is None else prefix_tokens.shape[0]
-    tokens = _token_count(images, weight, R, grid_thw, Layout(*layout))
+    tokens = token_count(images, weight, R, grid_thw, Layout(*layout))
     return weight.new_empty(tokens, weight.shape[0])
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from mmkernels import checks
 from mmkernels.ops.patch_embed import arguments
+from mmkernels.ops.patch_embed.arguments import Grid
 from mmkernels.ops.patch_embed.layout import OP
 from mmkernels.ops.patch_embed.op import FORWARD, GRIDS
 
@@ -30,7 +31,7 @@ def patch_embed_packed(
     bias: torch.Tensor | None = None,
     *,
     image_sizes: Sequence[Sequence[int]] | None = None,
-    grid_thw: torch.Tensor | None = None,
+    grid_thw: Grid | None = None,
     stride: int | Sequence[int] | None = None,
     rescale_factor: float | None = None,
     image_mean: Sequence[float] | None = None,
@@ -56,7 +57,7 @@ def patch_embed_packed(
             ``[values]`` of contiguous images, with ``image_sizes``; or patches already cut, ``[n, K]``,
             with ``grid_thw`` (Qwen2-VL's ``pixel_values``).
         image_sizes: ``(H, W)`` of each image of a flat buffer, ``(T, H, W)`` of each clip, in pixels.
-        grid_thw: ``[images, 3]`` int64 or int32: the grids of rows, in patches.
+        grid_thw: ``[images, 3]`` int64 or int32 (or lists): the grids of rows, in patches.
         position_table: ``[rows, columns, D]``; ``[S+N, D]`` with ``"fixed"`` (as in ``patch_embed``); two
             tables, ``[2, n, D]`` or (``[rows, D]``, ``[columns, D]``), with ``"factorised"``.
         position_mode: ``"nearest"`` row ⌊y·rows/h⌋ (the bucketised positions of Idefics2 and MiniCPM-V),
@@ -86,6 +87,7 @@ def patch_embed_packed(
         ``Glm4vVisionEmbeddings``, ``MiniCPMV4_6VisionEmbeddings``, ``Gemma4VisionPatchEmbedder``.
     """
     arguments.check_merge(merge_size, prefix)
+    grid_thw = None if grid_thw is None else checks.grid(OP, "grid_thw", grid_thw)
     values, sizes = _images(images, image_sizes, weight, grid_thw)
     affine = (rescale_factor, image_mean, image_std)
     conv, steps, scale, shift = _cut(values, sizes, weight, stride, patch_order, grid_thw, affine)
@@ -131,6 +133,8 @@ def _images(
         checks.fail(OP, "image_sizes", image_sizes, "given with a flat buffer, and only then")
     values = [images] if isinstance(images, torch.Tensor) else list(images)
     for i, image in enumerate(values):
+        checks.tensor(OP, f"images[{i}]", image)
+        arguments.check_layout(f"images[{i}]", image, weight, batched=False)
         if rank == 0 and image.dim() not in (3, 4):
             checks.fail(OP, f"images[{i}]", list(image.shape), "[C, H, W] or [C, T, H, W]")
         if image.dtype != values[0].dtype or image.device != weight.device:

@@ -244,6 +244,7 @@ INVALID = [
     Invalid("no_grid", _packed(grid_thw=None), "with grid_thw or blocks"),
     Invalid("grid_shape", _packed(grid_thw=torch.tensor([1, 2, 4])), r"grid_thw must be int32 or int64 \[images, 3\]"),
     Invalid("grid_float", _packed(grid_thw=torch.tensor([[1.0, 2, 4]])), "grid_thw must be int32 or int64"),
+    Invalid("grid_ragged", _packed(grid_thw=[[1, 2, 4], [1]]), "grid_thw must be a tensor, or as many numbers"),
     Invalid("grid_zero", _packed(grid_thw=torch.tensor([[1, 0, 4]])), r"grid_thw must be at least 1 .*got \[1, 0, 4\] in row 0"),
     Invalid("grid_odd", _packed(features=torch.zeros(6, 8), grid_thw=torch.tensor([[1, 3, 2]])), r"or choose pad.*got \[1, 3, 2\] in row 0"),
     Invalid("grid_total", _packed(features=torch.zeros(9, 8)), "grid_thw must be grids of the 9 tokens given, got 8 tokens"),

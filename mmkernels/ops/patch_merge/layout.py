@@ -52,7 +52,7 @@ def packed_index(
 
 def checked_grid(grid_thw: Grid, tokens: int, merge: tuple[int, int], pad: bool) -> torch.Tensor:
     """``[images, 3]`` int64; its numbers are checked where reading them waits for nobody."""
-    grid = torch.as_tensor(grid_thw)
+    grid = checks.grid(OP, "grid_thw", grid_thw)
     if grid.numel() == 0:
         grid = grid.view(0, 3).long()
     if grid.dim() != 2 or grid.shape[1] != 3 or grid.dtype not in (torch.int32, torch.int64):

@@ -3,7 +3,7 @@
 
 import torch
 
-from mmkernels import checks
+from mmkernels import checks, transforms
 from mmkernels.ops.mrope.arguments import check_heads, check_table, positions_of
 from mmkernels.ops.rope_write_kv.op import FORWARD
 
@@ -151,6 +151,7 @@ def _scale(
 
 
 def _no_gradient(**tensors: torch.Tensor | None) -> None:
+    transforms.refuse_tangents(_OP, **tensors)
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             expected = "without a gradient (train with mrope; generate under torch.no_grad())"

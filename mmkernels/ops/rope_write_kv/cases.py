@@ -13,6 +13,7 @@ import torch
 from mmkernels import backends
 from mmkernels.ops.mrope.cases import (
     AXES,
+    PAIRS,
     Rotation,
     bits,
     eager_rotated,
@@ -347,6 +348,8 @@ INVALID = [
     Invalid("norm_dtype", _set(k_norm=torch.ones(16).half()), "k_norm must be of the dtype of query"),
     Invalid("eps", _set(q_norm=torch.ones(16), eps=-1.0), "eps must be at least 0, got -1.0"),
     Invalid("odd_table", _set(inv_freq=bits(15), axis=None), "inv_freq must be .*an even number"),
+    Invalid("table_of_pairs", _set(inv_freq=PAIRS, axis=None), r"inv_freq must be of an entry a channel.*torch.cat\(\[inv_freq, inv_freq\]\)"),
+    Invalid("table_of_pairs_adjacent", _set(inv_freq=PAIRS, axis=None, pairing="adjacent"), r"repeat_interleave\(2\)"),
     Invalid("gradient", lambda i: {**i, "query": i["query"].clone().requires_grad_()}, "query must be without a gradient"),
     Invalid("positions", _set(position_ids=torch.zeros(3, 8, dtype=torch.int64)), r"position_ids must be .*got \[3, 8\]"),
 ]  # fmt: skip

@@ -60,9 +60,10 @@ def _masked(
 @triton.jit
 def _read(seen_Bn, b, j, n, HAS_SEEN: tl.constexpr):
     """Keys to be read: those that some query may attend to. The others are 0, whatever they hold."""
-    read = j < n
     if HAS_SEEN:
-        read &= tl.load(seen_Bn + b * n + j, mask=read, other=0) != 0
+        read = tl.load(seen_Bn + b * (tl.cdiv(n, 128) * 128) + j) != 0  # it ends in whole tiles
+    else:
+        read = j < n
     return read
 
 
@@ -96,9 +97,7 @@ def _product_kernel(
             mask=(i < I)[:, None] & (k < K)[None, :],
             other=0,
         )
-        read = k < K
-        if HAS_SEEN:
-            read &= tl.load(seen_HK + h * K + k, mask=k < K, other=0) != 0
+        read = _read(seen_HK, h, k, K, HAS_SEEN)
         b = tl.load(
             b_HKJ + h * b_stride_h + k_64[:, None] * b_stride_k + j_64 * b_stride_j,
             mask=read[:, None] & (j < J)[None, :],
@@ -126,10 +125,10 @@ def _product_kernel(
 
 @triton.jit
 def _scores_kernel(
-    q_BRX, x_BnX, mask, seen_Bn, p_BRn, max_BRt, sum_BRt,
+    q_BRX, x_BnX, mask, p_BRn, max_BRt, sum_BRt,
     R, n, X, A, row, q_stride_b, x_stride_b, x_stride_n, x_stride_x,
     m_stride_b, m_stride_a, m_stride_q, m_stride_n,
-    DTYPE: tl.constexpr, MASK: tl.constexpr, HAS_SEEN: tl.constexpr,
+    DTYPE: tl.constexpr, MASK: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``exp(S - max of the tile)``, with that maximum and the sum of each row."""
@@ -140,7 +139,6 @@ def _scores_kernel(
     r = pid // tiles_n % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     r_64, j_64 = r.to(tl.int64), j.to(tl.int64)
-    read = _read(seen_Bn, b, j, n, HAS_SEEN)
     s = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for x0 in range(0, X, BLOCK_X):
         x = x0 + tl.arange(0, BLOCK_X)
@@ -154,7 +152,7 @@ def _scores_kernel(
             + b * x_stride_b
             + j_64[None, :] * x_stride_n
             + x.to(tl.int64)[:, None] * x_stride_x,
-            mask=read[None, :] & (x < X)[:, None],
+            mask=(j < n)[None, :] & (x < X)[:, None],
             other=0,
         )
         s = _dot(q, keys, s, DTYPE)
@@ -170,10 +168,9 @@ def _scores_kernel(
 
 @triton.jit
 def _values_kernel(
-    p_BRn, max_BRt, sum_BRt, x_BnX, seen_Bn, z_BRX, lse_BAQ,
+    p_BRn, max_BRt, sum_BRt, x_BnX, z_BRX, lse_BAQ,
     R, n, X, A, row, x_stride_b, x_stride_n, x_stride_x,
-    DTYPE: tl.constexpr, HAS_SEEN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """One tile of Z, the tiles of the probabilities brought to one maximum as they come."""
     tiles_r, tiles_n = tl.cdiv(R, BLOCK_R), tl.cdiv(n, BLOCK_N)
@@ -198,7 +195,7 @@ def _values_kernel(
             + b * x_stride_b
             + j.to(tl.int64)[:, None] * x_stride_n
             + x_64[None, :] * x_stride_x,
-            mask=_read(seen_Bn, b, j, n, HAS_SEEN)[:, None] & (x < X)[None, :],
+            mask=(j < n)[:, None] & (x < X)[None, :],
             other=0,
         )
         place = r_64 * tiles_n + tile
@@ -403,8 +400,10 @@ def cross_attention(
         q = _through(query[samples], key_weight, A, scale) if shared is None else shared
         mask = None if attention_mask is None else attention_mask[samples]
         keep = _keep(dropout_mask, samples)
-        visible, kept = (None if t is None else t[samples] for t in (seen, share))
-        z_BRX = _attend(q, context[samples], mask, visible, keep, lse[samples], kept, R, A)
+        x, kept = context[samples], None if share is None else share[samples]
+        if seen is not None:  # copied here, for the kernel of Z has no register free to skip rows
+            x = torch.where(seen[samples, :n, None] != 0, x, 0)
+        z_BRX = _attend(q, x, mask, keep, lse[samples], kept, R, A)
         _product(
             z_BRX.view(-1, A, X).transpose(0, 1),
             value_weight.unflatten(0, (A, -1)).transpose(1, 2),
@@ -415,13 +414,16 @@ def cross_attention(
 
 
 def _seen(mask_BAQn: torch.Tensor | None) -> torch.Tensor | None:
-    """``[B, n]``: the keys that some query may attend to, of an expanded mask, whose copies are not read."""
+    """The keys that some query may attend to, of an expanded mask, whose copies are not read.
+
+    ``[B, n]``, with 0 behind up to a multiple of 128, which every tile divides.
+    """
     if mask_BAQn is None:
         return None
     for dim in (1, 2):
         if mask_BAQn.stride(dim) == 0 and mask_BAQn.shape[dim] > 0:
             mask_BAQn = mask_BAQn.narrow(dim, 0, 1)
-    return seen_keys(mask_BAQn).view(torch.uint8)
+    return F.pad(seen_keys(mask_BAQn).view(torch.uint8), (0, -mask_BAQn.shape[3] % 128))
 
 
 def _padded(
@@ -448,7 +450,6 @@ def _attend(
     q_BRX: torch.Tensor,
     context: torch.Tensor,
     mask: torch.Tensor | None,
-    seen: torch.Tensor | None,
     keep: torch.Tensor | None,
     lse: torch.Tensor,
     share: torch.Tensor | None,
@@ -466,9 +467,9 @@ def _attend(
     if n > 0:
         mask, strides, MASK = _mask_arguments(mask)
         _scores_kernel[(B * tiles_r * tiles_n,)](
-            q_BRX, context, mask, seen, p_BRn, max_BRt, sum_BRt, R, n, X, A, row,
+            q_BRX, context, mask, p_BRn, max_BRt, sum_BRt, R, n, X, A, row,
             q_BRX.stride(0) if q_BRX.shape[0] > 1 else 0, *context.stride(), *strides,
-            DTYPE=DTYPE, MASK=MASK, HAS_SEEN=seen is not None, **config,
+            DTYPE=DTYPE, MASK=MASK, **config,
         )  # fmt: skip
     if keep is not None:  # dropped after they were summed
         p_BRn[..., :n].mul_(keep)
@@ -480,8 +481,8 @@ def _attend(
     z_BRX = torch.empty((B, R, X), dtype=torch.float32, device=context.device)
     config = values_config(R, n, context.dtype)
     _values_kernel[(B * tiles_r * max(triton.cdiv(X, config["BLOCK_X"]), 1),)](
-        p_BRn, max_BRt, sum_BRt, context, seen, z_BRX, lse, R, n, X, A, row, *context.stride(),
-        DTYPE=DTYPE, HAS_SEEN=seen is not None, **config,
+        p_BRn, max_BRt, sum_BRt, context, z_BRX, lse, R, n, X, A, row, *context.stride(),
+        DTYPE=DTYPE, **config,
     )  # fmt: skip
     return z_BRX
 

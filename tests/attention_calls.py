@@ -71,7 +71,7 @@ def _mapped(call: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(call, torch.Tensor):
         return change(call)
     if isinstance(call, Norm):
-        return Norm(call.kind, *(_mapped(t, change) for t in (call.weight, call.bias)), call.eps)
+        return Norm(call.kind, _mapped(call.weight, change), _mapped(call.bias, change), call.eps)
     if isinstance(call, dict):
         return {name: _mapped(value, change) for name, value in call.items()}
     return tuple(_mapped(t, change) for t in call) if isinstance(call, tuple) else call
@@ -122,7 +122,7 @@ def assert_hidden_rows_do_not_matter(
         got = outcome(poisoned(call, mask, POISON[kind]), algorithm)
         for name, tensor in expected.items():
             torch.testing.assert_close(
-                got[name], tensor, rtol=0, atol=0, msg=lambda m, k=kind, n=name: f"{k}, {n}: {m}"
+                got[name], tensor, rtol=0, atol=0, msg=f"{kind}, {name}: {{}}".format
             )
         assert not got["of the context"][hidden_of(mask)].any()
 
@@ -181,5 +181,5 @@ def assert_bias_is_dropped_with_its_probability(
             expected[name],
             rtol=0,
             atol=within * largest,
-            msg=lambda m, n=name: f"{n}: {m}",
+            msg=f"{name}: {{}}".format,
         )

@@ -37,7 +37,10 @@ def gradients(out: torch.Tensor, module: nn.Module, *inputs: torch.Tensor) -> li
 
 
 def mae_positions(width: int, h: int, w: int) -> torch.Tensor:
-    """``get_2d_sincos_pos_embed`` of MAE, which MiniCPM-V and Qwen-VL copy: [h·w, width], x in the first half."""
+    """``get_2d_sincos_pos_embed`` of facebookresearch/mae, ``util/pos_embed.py``: [h·w, width], x in the first half.
+
+    MiniCPM-V's ``resampler.py`` and Qwen-VL's ``visual.py`` copy it.
+    """
 
     def one(half: int, at: torch.Tensor) -> torch.Tensor:
         omega = 1.0 / 10000 ** (torch.arange(half // 2).double() / (half / 2))
@@ -147,7 +150,10 @@ def test_training_unfolds_and_folding_leaves_the_state_alone() -> None:
 
 
 def flamingo(weights: Tensors, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """``PerceiverAttention`` of Flamingo (lucidrains, open_flamingo): keys of media and latents together."""
+    """``PerceiverAttention.forward`` of mlfoundations/open_flamingo, ``src/helpers.py`` (after lucidrains).
+
+    Each source has its LayerNorm, keys and values come of both together by one ``to_kv``.
+    """
     media = F.layer_norm(x, x.shape[-1:], weights["media_w"], weights["media_b"])
     normed = F.layer_norm(latents, latents.shape[-1:], weights["latents_w"], weights["latents_b"])
     q = normed @ weights["q"].T

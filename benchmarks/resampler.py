@@ -5,6 +5,7 @@ OUT.json``. Inference, fp32 and bf16; numbers of one run, as in ``benchmarks.run
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -31,7 +32,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Eager(nn.Module):
-    """As released: kv_proj, ln_kv, a table of positions added to the keys, nn.MultiheadAttention."""
+    """As released: kv_proj, ln_kv, a table of positions added to the keys, nn.MultiheadAttention.
+
+    Qwen-VL resizes that of its queries, MiniCPM-V cuts its own from a larger one.
+    """
 
     def __init__(self, layer: Resampler) -> None:
         super().__init__()
@@ -40,8 +44,14 @@ class Eager(nn.Module):
     def forward(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         layer = self.layer
         x = layer.ln_kv(layer.kv_proj(features))
-        rows, columns = sincos_tables(x.shape[-1], *grid)
-        position = (rows[:, None] + columns[None]).flatten(0, 1).to(x.dtype)
+        width, side = x.shape[-1], math.isqrt(len(layer.query))
+        rows, columns = sincos_tables(width, *((side, side) if layer.query_grid else grid))
+        table = (rows[:, None] + columns[None]).to(x.dtype)
+        if layer.query_grid:  # get_abs_pos of Qwen/Qwen-VL, visual.py
+            picture = table.float().permute(2, 0, 1)[None]
+            picture = nn.functional.interpolate(picture, grid, mode="bicubic", align_corners=False)
+            table = picture[0].permute(1, 2, 0).to(x.dtype)
+        position = table.flatten(0, 1)
         query = layer._queries().expand(len(x), -1, -1)
         attn = layer.attn
         out = nn.functional.multi_head_attention_forward(

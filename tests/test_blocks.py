@@ -143,7 +143,10 @@ def test_queries_read_each_item_as_if_alone(kind: str, per: str) -> None:
 
 
 def test_perceiver_as_in_flamingo() -> None:
-    """Against open_flamingo's arithmetic (helpers.py): LayerNorm on media and latents, keys of both, GELU."""
+    """Against mlfoundations/open_flamingo, ``src/helpers.py``, ``PerceiverResampler.forward``.
+
+    LayerNorm on media and latents, keys of both, a residual, LayerNorm and an MLP with GELU.
+    """
     features = _features(8, grids=((1, 3, 5),))
     block = c.PerceiverConfig(3, 2, 2, 2, 4, 20, norm="layer", mlp="gelu")
     projector, out = _run((block,), features)

@@ -37,7 +37,10 @@ def gradients(out: torch.Tensor, module: nn.Module, *inputs: torch.Tensor) -> li
 
 
 def mae_positions(width: int, h: int, w: int) -> torch.Tensor:
-    """``get_2d_sincos_pos_embed`` of MAE, which MiniCPM-V and Qwen-VL copy: [h·w, width], x in the first half."""
+    """``get_2d_sincos_pos_embed`` of facebookresearch/mae, ``util/pos_embed.py``: [h·w, width], x in the first half.
+
+    MiniCPM-V's ``resampler.py`` and Qwen-VL's ``visual.py`` copy it.
+    """
 
     def one(half: int, at: torch.Tensor) -> torch.Tensor:
         omega = 1.0 / 10000 ** (torch.arange(half // 2).double() / (half / 2))
@@ -55,33 +58,63 @@ def test_two_small_tables_are_the_positions_of_a_grid() -> None:
 
 
 def plain_resampler(module: Resampler, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
-    """MiniCPM-V's (and Qwen-VL's) ``Resampler.forward``, with nn.MultiheadAttention."""
+    """``Resampler.forward`` as published, with nn.MultiheadAttention.
+
+    MiniCPM-V: ``resampler.py`` of openbmb/MiniCPM-V-2_6, whose ``forward`` cuts ``pos_embed[:h, :w]`` from the table of
+    the largest grid, which is to say whole places. Qwen-VL: ``visual.py`` of Qwen/Qwen-VL, whose ``get_abs_pos``
+    resizes the table of the queries in fp32, bicubic, ``align_corners=False``; ``forward`` adds the table itself to the
+    queries. Both tables are fp32 in the checkpoint's code and take its dtype.
+    """
     x = module.ln_kv(module.kv_proj(x)).transpose(0, 1)
     q = module.ln_q(module.query)
-    position = mae_positions(q.shape[1], h, w).to(x)
     if module.query_grid:
-        side = math.isqrt(len(q))
-        q = q + mae_positions(q.shape[1], side, side).to(x)
+        side, D = math.isqrt(len(q)), q.shape[1]
+        table = mae_positions(D, side, side).float().to(x)
+        q, picture = q + table, table.float().view(1, side, side, D).permute(0, 3, 1, 2)
+        picture = F.interpolate(picture, size=(h, w), mode="bicubic", align_corners=False)
+        position = picture.permute(0, 2, 3, 1).flatten(0, 2).to(x)
+    else:
+        position = mae_positions(q.shape[1], h, w).float().to(x)
     keys = x + position[:, None]
     out = module.attn(q[:, None].expand(-1, x.shape[1], -1), keys, x, need_weights=False)[0]
     out = out.transpose(0, 1)
     return module.ln_post(out) @ module.proj if module.post else out
 
 
+@pytest.mark.parametrize("grid", [(3, 3), (3, 5), (8, 8)])
 @pytest.mark.parametrize("qwen", [False, True], ids=["minicpm_v", "qwen_vl"])
 @pytest.mark.parametrize("kv_dim", [20, 48])
-def test_resampler(qwen: bool, kv_dim: int) -> None:
+def test_resampler(qwen: bool, kv_dim: int, grid: tuple[int, int]) -> None:
     module = randomised(Resampler(9, 48, 4, kv_dim, query_grid=qwen, post=not qwen))
-    x = torch.randn(3, 15, kv_dim, dtype=torch.float64, requires_grad=True)
-    expected, got = plain_resampler(module, x, 3, 5), module(x, (3, 5))
-    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-7)
+    n = grid[0] * grid[1]
+    x = torch.randn(3, n, kv_dim, dtype=torch.float64, requires_grad=True)
+    expected, got = plain_resampler(module, x, *grid), module(x, grid)
+    # A table is resized in fp32, as published; theirs in two dimensions at once rounds otherwise than ours by sides.
+    within = 1e-6 if qwen and grid != (3, 3) else 1e-7
+    torch.testing.assert_close(got, expected, rtol=within, atol=within)
     for a, b in zip(gradients(got, module, x), gradients(expected, module, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
     with torch.no_grad():
-        torch.testing.assert_close(module.fold()(x, (3, 5)), expected, rtol=1e-6, atol=1e-6)
-        mask = torch.arange(15) < torch.tensor([15, 9, 4])[:, None]
-        folded = module(x, (3, 5), mask)
-        torch.testing.assert_close(folded, module.unfold()(x, (3, 5), mask), rtol=1e-6, atol=1e-6)
+        mask = torch.arange(n) < torch.tensor([n, n - 2, 4])[:, None]
+        unfolded = [module(x, grid, m) for m in (None, mask)]
+        module.fold()
+        for m, value in zip((None, mask), unfolded, strict=True):
+            torch.testing.assert_close(module(x, grid, m), value, rtol=1e-12, atol=1e-12)
+
+
+def test_qwen_vl_at_its_own_size() -> None:
+    """256 queries are a square of 16, a picture of 448 pixels is one of 32: in fp32 and in bf16."""
+    for dtype, within in ((torch.float32, 1e-5), (torch.bfloat16, 2**-6)):
+        module = randomised(Resampler(256, 64, 2, 40, query_grid=True, post=False), dtype)
+        x = torch.randn(1, 1024, 40).to(dtype)
+        with torch.no_grad():
+            expected, got = plain_resampler(module, x, 32, 32), module(x, (32, 32))
+        torch.testing.assert_close(got, expected, rtol=within, atol=within * 2)
+
+
+def test_a_square_of_queries_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="num_queries must be a square with query_grid, got 8"):
+        Resampler(8, 16, 2, 16, query_grid=True)
 
 
 def test_folded_in_16_bits_is_as_near_as_unfolded() -> None:
@@ -117,7 +150,10 @@ def test_training_unfolds_and_folding_leaves_the_state_alone() -> None:
 
 
 def flamingo(weights: Tensors, x: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """``PerceiverAttention`` of Flamingo (lucidrains, open_flamingo): keys of media and latents together."""
+    """``PerceiverAttention.forward`` of mlfoundations/open_flamingo, ``src/helpers.py`` (after lucidrains).
+
+    Each source has its LayerNorm, keys and values come of both together by one ``to_kv``.
+    """
     media = F.layer_norm(x, x.shape[-1:], weights["media_w"], weights["media_b"])
     normed = F.layer_norm(latents, latents.shape[-1:], weights["latents_w"], weights["latents_b"])
     q = normed @ weights["q"].T
@@ -177,11 +213,10 @@ def test_dropout_of_the_absorbed_is_that_of_the_probabilities() -> None:
     ) -> torch.Tensor:
         heads = lambda t: t.unflatten(-1, (2, -1)).transpose(1, 2)
         p = (heads(q) @ heads(x @ k.T).transpose(-1, -2) * 0.5).softmax(-1) * keep / 0.6
-        return (p @ heads(x @ v.T)).transpose(1, 2).flatten(2) + b
+        return (p @ heads(x @ v.T + b)).transpose(1, 2).flatten(2)
 
-    with_bias = lambda *t: plain(*t)
     leaves = [t.requires_grad_() for t in tensors]
-    expected, got = with_bias(*leaves), op(*leaves)
+    expected, got = plain(*leaves), op(*leaves)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     grad = make(*got.shape)
     for a, b in zip(*(torch.autograd.grad(o, leaves, grad) for o in (got, expected)), strict=True):

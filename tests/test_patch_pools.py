@@ -48,7 +48,7 @@ def older(**changes: Any) -> nn.Module:
 
 
 class LengthFirst(clip.AttentionalPooler):  # type: ignore[misc]
-    """open_clip before 2.24: the attention has the batch second."""
+    """open_clip before 2.24 (``src/open_clip/transformer.py``): the attention has the batch second."""
 
     def __init__(self) -> None:
         super().__init__(32, 32, 4, 6, old=True)

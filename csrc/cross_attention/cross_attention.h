@@ -39,6 +39,20 @@ struct Mask {
     }
   }
   bool allows(int64_t i) const { return static_cast<const uint8_t*>(data)[i] != 0; }
+  bool shows(int64_t i) const { return kind == kBool ? allows(i) : value(i) != -INFINITY; }
+
+  // Which of `n` keys of sample b no query of any head may attend to: 1 in `hidden`; returns their count.
+  int64_t find_hidden(uint8_t* hidden, int64_t b, int64_t heads, int64_t queries, int64_t n) const {
+    for (int64_t j = 0; j < n; ++j) hidden[j] = 1;
+    int64_t left = n;
+    for (int64_t head = 0; head < (stride_a ? heads : 1); ++head)  // a broadcast row needs reading once
+      for (int64_t query = 0; left && query < (stride_q ? queries : 1); ++query) {
+        const int64_t first = row(b, head, query);
+        for (int64_t j = 0; j < n; ++j)
+          if (hidden[j] && shows(first + j * stride_n)) hidden[j] = 0, --left;
+      }
+    return left;
+  }
 
   // Adds the mask to a row of scores; a forbidden key becomes -inf.
   template <class F>

@@ -106,6 +106,34 @@ void widen_row(float* to, const f16* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
 }
 
+// Whether a row could spoil what it is multiplied by 0 in: NaN, Inf, or so large that its products overflow.
+template <class T>
+bool spoils(const T* row, int64_t n) {
+  bool found = false;
+  for (int64_t i = 0; i < n; ++i) found |= !(std::abs(static_cast<double>(widen(row[i]))) <= 1e15);
+  return found;
+}
+
+// Keys that no query may attend to count for nothing, whatever they hold. Where one could spoil a product, this is
+// [B, own + 1]: 1 for each such key to be read as 0, and last whether the sample has one. Mostly there is none.
+template <class T>
+OptionalTensor spoiled_of(const Mask& mask, const Shape& s, const Tensor& context) {
+  if (mask.kind == Mask::kNone || s.offsets || s.B * s.own == 0) return std::nullopt;
+  const Tensor found = empty(context, {s.B, s.own + 1}, ScalarType::Byte);
+  torch::stable::parallel_for(0, s.B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      uint8_t* const hidden = mutable_data<uint8_t>(found) + b * (s.own + 1);
+      hidden[s.own] = 0;
+      if (mask.find_hidden(hidden, b, s.A, s.Q, s.own) == 0) continue;
+      for (int64_t j = 0; j < s.own && !hidden[s.own]; ++j)
+        hidden[s.own] = hidden[j] && spoils(data<T>(context) + (b * s.own + j) * s.X, s.X);
+    }
+  });
+  for (int64_t b = 0; b < s.B; ++b)
+    if (data<uint8_t>(found)[b * (s.own + 1) + s.own]) return found;
+  return std::nullopt;
+}
+
 // What all tasks share, in the accumulation type F.
 template <class T>
 struct Problem {
@@ -115,6 +143,8 @@ struct Problem {
   F kept;            // what dropout multiplies the probabilities it keeps by
   ScalarType acc;
   Tensor context, latents;  // [B, own, X] or [T, X] and, perhaps, [B, n - own, X], in their own dtype
+  OptionalTensor spoiled;  // keys to be read as 0
+  Tensor shares;     // with dropout of a bias: what is left of the sum of each row's probabilities, [B, A, Q]
   bool halves;       // products by halves.h: w_k, w_v packed by head, query as given
   Tensor w_k, w_v;   // [A·d, X]
   Tensor query;      // scaled, [B or 1, Q, A·d]
@@ -122,8 +152,8 @@ struct Problem {
   int64_t heads;     // in a group
 
   Problem(const Shape& shape, const Tensor& q, const Tensor& x, const OptionalTensor& more, const Tensor& key_weight,
-          const Tensor& value_weight, const OptionalTensor& m, const OptionalTensor& dropout_mask, double factor,
-          double dropout_p, bool forward)
+          const Tensor& value_weight, const OptionalTensor& value_bias, const OptionalTensor& m,
+          const OptionalTensor& dropout_mask, double factor, double dropout_p, bool forward)
       : s(shape),
         mask(mask_of(m, s)),
         dropout(dropout_of(dropout_mask, s)),
@@ -131,6 +161,8 @@ struct Problem {
         acc(accumulation(q)),
         context(aligned(x)),
         latents(more ? torch::stable::contiguous(*more) : context),
+        spoiled(spoiled_of<T>(mask, s, context)),
+        shares(empty(q, {value_bias && dropout_mask ? s.B * s.rows() : 0}, acc)),
         halves(forward && std::is_same_v<T, bf16> && gemm::isa() == gemm::Isa::amx_bf16),
         w_k(halves ? packed(key_weight, true) : widened(key_weight, acc)),
         w_v(halves ? packed(value_weight, false) : widened(value_weight, acc)),
@@ -183,16 +215,24 @@ struct Problem {
   // Context of sample b in F: in place, or widened into `scratch`, latents after it.
   const F* context_of(int64_t b, F* scratch) const {
     const T* x = data<T>(context) + s.first_of(b) * s.X;
+    const uint8_t* const hidden = hidden_of(b);
     if constexpr (std::is_same_v<T, F>)
-      if (s.own == s.n) return x;
+      if (s.own == s.n && !hidden) return x;
     const int64_t own = s.own_of(b) * s.X, more = s.latents() * s.X;
     widen_row(scratch, x, own);
     if (more) widen_row(scratch + own, data<T>(latents) + b * more, more);
+    for (int64_t j = 0; hidden && j < s.own; ++j)
+      if (hidden[j]) std::fill(scratch + j * s.X, scratch + (j + 1) * s.X, F(0));
     return scratch;
   }
-  int64_t context_scratch() const { return std::is_same_v<T, F> && s.own == s.n ? 0 : s.n * s.X; }
+  int64_t context_scratch() const { return std::is_same_v<T, F> && s.own == s.n && !spoiled ? 0 : s.n * s.X; }
+  // Keys of sample b to be read as 0, [own], or null.
+  const uint8_t* hidden_of(int64_t b) const {
+    const uint8_t* const found = spoiled ? data<uint8_t>(*spoiled) + b * (s.own + 1) : nullptr;
+    return found && found[s.own] ? found : nullptr;
+  }
 
-  Halves halves_of(int64_t rows) const { return {rows, s.n, s.X, s.d, s.own != s.n}; }
+  Halves halves_of(int64_t rows) const { return {rows, s.n, s.X, s.d, s.own != s.n || spoiled}; }
   int64_t halves_scratch(int64_t rows) const { return halves ? halves_of(rows).floats() : 0; }
   Tensor packed(const Tensor& weight, bool of_keys) const {
     const Halves h = halves_of(0);
@@ -215,7 +255,12 @@ struct Problem {
     if (!h.copies()) return x;
     bf16* const to = h.copy(memory);
     const int64_t ld = h.context_stride(), own = s.own_of(b);
+    const uint8_t* const hidden = hidden_of(b);
     for (int64_t j = 0; j < s.n_of(b); ++j) {
+      if (hidden && j < own && hidden[j]) {
+        std::fill(to + j * ld, to + (j + 1) * ld, bf16{});
+        continue;
+      }
       const bf16* from = j < own ? x + j * s.X : data<bf16>(latents) + (b * s.latents() + j - own) * s.X;
       memcpy(static_cast<void*>(to + j * ld), from, s.X * sizeof(bf16));
       std::fill(to + j * ld + s.X, to + (j + 1) * ld, bf16{});
@@ -252,6 +297,14 @@ struct Problem {
       row[j] = dropout.allows(first + at * dropout.stride_n) ? row[j] * kept : F(0);
     }
   }
+  // Row r of a group of dropped probabilities: its sum, for where b_v is added or has its gradient.
+  void keep_share(const F* row, int64_t b, int64_t g, int64_t r) const {
+    if (shares.numel() == 0) return;
+    double sum = 0;
+    for (int64_t j = 0; j < s.n_of(b); ++j) sum += row[j];
+    mutable_data<F>(shares)[b * s.rows() + g * heads * s.Q + r] = static_cast<F>(sum);
+  }
+  F share_of(int64_t b, int64_t row) const { return data<F>(shares)[b * s.rows() + row]; }
 };
 
 // Memory of one thread, one tensor cut into pieces that start on cache lines.
@@ -280,15 +333,16 @@ F softmax_row(F* row, int64_t n) {
   return forbidden ? max : max + std::log(sum);
 }
 
-// out[b, q, head·d + c] = row[c] + b_v, and 0 in rows that attended to nothing.
+// out[b, q, head·d + c] = row[c] + ΣP · b_v (ΣP is 1 but with dropout), and 0 in rows that attended to nothing.
 template <class T, class F>
 void store_row(const Tensor& out, int64_t b, int64_t head, int64_t q, const F* row, const T* value_bias,
                const Tensor& lse, const Problem<T>& p) {
   const Shape& s = p.s;
   const bool forbidden = data<F>(lse)[b * s.rows() + head * s.Q + q] == -static_cast<F>(INFINITY);
   T* to = mutable_data<T>(out) + b * p.block() + (q * s.A + head) * s.d;
+  const F share = p.shares.numel() ? p.share_of(b, head * s.Q + q) : F(1);
   for (int64_t c = 0; c < s.d; ++c) {
-    const F bias = value_bias ? static_cast<F>(widen(value_bias[head * s.d + c])) : F(0);
+    const F bias = value_bias ? share * static_cast<F>(widen(value_bias[head * s.d + c])) : F(0);
     to[c] = Convert<T>::from(forbidden ? F(0) : row[c] + bias);
   }
 }
@@ -303,6 +357,7 @@ void attend(const Problem<T>& p, int64_t b, int64_t g, const F* q, F* z, F* lse,
     for (int64_t r = 0; r < count; ++r) {
       lse[r] = softmax_row(scores + r * n, n);
       p.drop(scores + r * n, b, g, r);
+      p.keep_share(scores + r * n, b, g, r);
     }
   };
   if constexpr (std::is_same_v<T, bf16>)
@@ -431,7 +486,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& query, const Tensor& context, c
   if (out.numel() == 0) return {out, lse};
   dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
     using T = pointee<decltype(tag)>;
-    const Problem<T> problem(s, query, context, latents, w_k, w_v, mask, dropout, scale, dropout_p, true);
+    const Problem<T> problem(s, query, context, latents, w_k, w_v, value_bias, mask, dropout, scale, dropout_p, true);
     const auto run = problem.few_queries(problem.together()) ? forward_together<T> : forward_groups<T>;
     run(problem, contiguous(value_bias), out, lse);
   });
@@ -460,11 +515,12 @@ class Backward {
   using F = acc_t<T>;
 
  public:
-  Backward(const Problem<T>& p, const Tensor& grad, const Tensor& lse, double scale,
+  Backward(const Problem<T>& p, const Tensor& grad, const OptionalTensor& bias, const Tensor& lse, double scale,
            const std::vector<bool>& needs, const std::vector<Tensor>& grads)
       : p_(p), s_(p.s), R_(p.s.rows()), lse_(lse), scale_(static_cast<F>(scale)), needs_(needs), grads_(grads),
         chunk_(chunk_size(p.s)),
         grad_(widened(grad, p.acc)),
+        bias_(p.shares.numel() ? widened(*bias, p.acc) : lse),
         p_ds_(empty(lse, {chunk_, 2 * R_, s_.n})),
         dz_q_(empty(lse, {chunk_, 2 * R_, s_.X})),
         z_(empty(lse, {s_.A, chunk_ * s_.Q, s_.X})),
@@ -541,9 +597,11 @@ class Backward {
       F *p_r = p + r * n, *ds_r = ds + r * n;
       // P anew from S, not from the saved lse: a rounded lse would put one relative error on the whole row.
       softmax_row(p_r, n);
+      add_bias_to(ds_r, b, g, r);
       p_.drop(ds_r, b, g, r);
       score_gradient(p_r, ds_r, n);
       p_.drop(p_r, b, g, r);
+      p_.keep_share(p_r, b, g, r);
     }
     if (needs_[6]) memcpy(mutable_data<F>(grads_[6]) + (b * R_ + first) * n, ds, count * n * sizeof(F));
     if (needs_[1] || needs_[2]) {
@@ -557,6 +615,16 @@ class Backward {
     scatter_heads(dq_, i, g, dq, s_.X);
     scatter_rows(grad_rows_, i, g, data<F>(grad_) + b * p_.block());
     scatter_rows(query_rows_, i, g, data<F>(p_.query) + (s_.shared ? 0 : b * p_.block()));
+  }
+
+  // A dropped probability takes its share of b_v along: dP of row r gains dO · b_v. Without dropout that cancels.
+  void add_bias_to(F* dp, int64_t b, int64_t g, int64_t r) const {
+    if (p_.shares.numel() == 0) return;
+    const int64_t head = g * p_.heads + r / s_.Q, q = r % s_.Q;
+    const F *row = data<F>(grad_) + b * p_.block() + (q * s_.A + head) * s_.d, *bias = data<F>(bias_) + head * s_.d;
+    double sum = 0;
+    for (int64_t c = 0; c < s_.d; ++c) sum += static_cast<double>(row[c]) * bias[c];
+    for (int64_t j = 0; j < s_.n_of(b); ++j) dp[j] += static_cast<F>(sum);
   }
 
   // q' and dZ of the chunk, of one head.
@@ -638,7 +706,8 @@ class Backward {
         const int64_t head = g * p_.heads + r / s_.Q, q = r % s_.Q;
         if (data<F>(lse_)[b * R_ + head * s_.Q + q] == -static_cast<F>(INFINITY)) continue;
         const F* row = data<F>(grad_) + b * p_.block() + (q * s_.A + head) * s_.d;
-        for (int64_t c = 0; c < s_.d; ++c) d_bias_[head * s_.d + c] += row[c];
+        const F share = p_.shares.numel() ? p_.share_of(b, head * s_.Q + q) : F(1);
+        for (int64_t c = 0; c < s_.d; ++c) d_bias_[head * s_.d + c] += share * row[c];
       }
   }
 
@@ -650,13 +719,13 @@ class Backward {
   const std::vector<bool>& needs_;
   const std::vector<Tensor>& grads_;
   int64_t chunk_;
-  Tensor grad_, p_ds_, dz_q_, z_, dq_, grad_rows_, query_rows_, d_query_, dw_k_, dw_v_;
+  Tensor grad_, bias_, p_ds_, dz_q_, z_, dq_, grad_rows_, query_rows_, d_query_, dw_k_, dw_v_;
   std::vector<double> d_bias_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& query, const Tensor& context, const OptionalTensor& latents, const Tensor& w_k,
-    const Tensor& w_v, const OptionalTensor& /*value_bias*/, const OptionalTensor& mask, const OptionalTensor& dropout,
+    const Tensor& w_v, const OptionalTensor& value_bias, const OptionalTensor& mask, const OptionalTensor& dropout,
     const OptionalTensor& cu_seqlens, const Tensor& /*out*/, const Tensor& lse, int64_t longest, int64_t num_heads,
     double scale, double dropout_p, std::vector<bool> needs) {
   const OptionalTensor offsets = offsets_of(cu_seqlens, context, longest);
@@ -664,6 +733,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (!is_a(grad, grad.scalar_type(), {s.B, s.Q, s.A * s.d}) || !is_a(lse, accumulation(query), {s.B, s.A, s.Q}))
     fail("cross_attention_backward: grad must be [", s.B, ", ", s.Q, ", ", s.A * s.d, "] and lse [", s.B, ", ", s.A,
          ", ", s.Q, "], float32 (float64 of float64 queries)");
+  if (value_bias && !is_a(*value_bias, query.scalar_type(), {s.A * s.d}))
+    fail("cross_attention_backward: value_bias must be [", s.A * s.d, "] in the dtype of query");
   if (needs.size() != 7) fail("cross_attention_backward: needs must be 7 answers, got ", needs.size());
   const auto zeros = [&](size_t i, Sizes sizes) {
     return mmkernels::zeros(query, needs[i] ? sizes : Sizes{0});
@@ -673,11 +744,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
       zeros(0, s.shared ? Sizes{s.Q, s.A * s.d} : Sizes{s.B, s.Q, s.A * s.d}), zeros(1, {context.sizes().begin(), context.sizes().end()}),
       zeros(2, {s.B, s.n - s.own, s.X}), zeros(3, weight), zeros(4, weight), zeros(5, {s.A * s.d}),
       mmkernels::zeros(lse, needs[6] ? Sizes{s.B, s.A, s.Q, s.n} : Sizes{0})};
-  if (s.B * s.Q * s.n * s.X != 0)
+  if (s.B * s.Q * s.n != 0)
     dispatch_float("cross_attention", query.scalar_type(), [&](auto* tag) {
       using T = pointee<decltype(tag)>;
-      const Problem<T> problem(s, query, context, latents, w_k, w_v, mask, dropout, scale, dropout_p, false);
-      Backward<T>(problem, grad, aligned(lse), scale, needs, grads).run();
+      const Problem<T> problem(s, query, context, latents, w_k, w_v, value_bias, mask, dropout, scale, dropout_p, false);
+      Backward<T>(problem, grad, value_bias, aligned(lse), scale, needs, grads).run();
     });
   return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5], grads[6]};
 }

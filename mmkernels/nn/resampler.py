@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The resampler of MiniCPM-V and Qwen-VL: constant queries read projected, normed, positioned features."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ def sincos_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``[rows, width]`` and ``[columns, width]``: the position of (y, x) is the sum of row y and column x.
 
-    The first half of the width encodes x, the second y (MAE's ``get_2d_sincos_pos_embed``).
+    The first half of the width encodes x, the second y, at whole places: MAE's ``get_2d_sincos_pos_embed``
+    (facebookresearch/mae, util/pos_embed.py), which MiniCPM-V's ``resampler.py`` takes for a grid of any size.
     """
     quarter = width // 4
     omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64, device=device) / quarter)
@@ -29,6 +31,17 @@ def sincos_tables(
 
     of_y, of_x = half(rows), half(columns)
     return F.pad(of_y, (width // 2, 0)).float(), F.pad(of_x, (0, width // 2)).float()
+
+
+def resized(table: torch.Tensor, size: int) -> torch.Tensor:
+    """``[side, width]`` → ``[size, width]`` in fp32: one side of a table that is resized bicubically as a picture.
+
+    Qwen-VL's ``get_abs_pos`` (huggingface.co/Qwen/Qwen-VL, visual.py) resizes the positions of its square of queries
+    to the square of keys. Weights of a bicubic sum to 1 and act side by side, so rows and columns are resized alone.
+    """
+    picture = table.float().t()[None, :, :, None]
+    grown = F.interpolate(picture, (size, 1), mode="bicubic", align_corners=False)
+    return grown[0, :, :, 0].t()
 
 
 @dataclass(frozen=True)
@@ -52,10 +65,12 @@ class Resampler(nn.Module):
         num_queries: Q.
         embed_dim: D, width of the language model; num_heads divides it.
         kv_dim: X, width of the features; no ``kv_proj`` if it is D.
-        query_grid: Positions of a square grid are added to the queries (Qwen-VL).
+        query_grid: The queries are a square with positions, and keys have the positions of that square,
+            resized bicubically to their own grid (Qwen-VL). Otherwise keys lie at whole places (MiniCPM-V).
         post: ``ln_post`` and ``proj`` follow.
         eps: Of every LayerNorm.
-    Source: MiniCPM-V (Yao et al. 2024), Qwen-VL (Bai et al. 2023).
+    Source: MiniCPM-V (Yao et al. 2024), ``resampler.py`` of openbmb/MiniCPM-V-2_6; Qwen-VL (Bai et al. 2023),
+        ``visual.py`` of Qwen/Qwen-VL. Qwen-VL's checkpoints also hold ``pos_embed``, which is made here.
     """
 
     def __init__(
@@ -70,6 +85,10 @@ class Resampler(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        if query_grid and math.isqrt(num_queries) ** 2 != num_queries:
+            raise ValueError(
+                f"Resampler: num_queries must be a square with query_grid, got {num_queries}"
+            )
         self.query = nn.Parameter(torch.randn(num_queries, embed_dim) * 0.02)
         self.kv_proj = (
             nn.Identity() if kv_dim == embed_dim else nn.Linear(kv_dim, embed_dim, bias=False)
@@ -91,8 +110,7 @@ class Resampler(nn.Module):
         """``[B, h·w, X]`` of images of the same grid (h, w) → ``[B, Q, D]``; the mask is ``[B, n]``, non-zero =
         attend."""
         mask = None if attention_mask is None else attention_mask[:, None, None].bool()
-        rows, columns = sincos_tables(self.query.shape[1], *grid, features.device)
-        position = (rows.to(features.dtype), columns.to(features.dtype))
+        position = self._positions(grid, features)
         if self._folded is not None:
             out = self.attn.out_proj(self._attend_folded(self._folded, features, position, mask))
         else:
@@ -111,12 +129,29 @@ class Resampler(nn.Module):
         result: torch.Tensor = out
         return result
 
+    def _positions(
+        self, grid: tuple[int, int], features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the rows and of the columns of the keys."""
+        width, dtype = self.query.shape[1], features.dtype
+        if not self.query_grid:
+            rows, columns = sincos_tables(width, *grid, features.device)
+            return rows.to(dtype), columns.to(dtype)
+        side = math.isqrt(len(self.query))
+        # Qwen-VL keeps the table as a parameter: it is rounded to the dtype before it is resized, and after.
+        tables = [t.to(dtype) for t in sincos_tables(width, side, side, features.device)]
+        rows, columns = (resized(t, n).to(dtype) for t, n in zip(tables, grid, strict=True))
+        return rows, columns
+
     def _queries(self) -> torch.Tensor:
-        q: torch.Tensor = self.ln_q(self.query)
+        return self._with_places(self.ln_q(self.query))
+
+    def _with_places(self, q: torch.Tensor) -> torch.Tensor:
         if self.query_grid:
-            side = round(len(q) ** 0.5)
+            side = math.isqrt(len(q))
             rows, columns = sincos_tables(q.shape[1], side, side, q.device)
-            q = q + (rows[:, None] + columns[None]).flatten(0, 1).to(q.dtype)
+            places = (rows[:, None] + columns[None]).flatten(0, 1)
+            q = q + places.to(self.query.dtype).to(q.dtype)
         return q
 
     @torch.no_grad()
@@ -127,6 +162,10 @@ class Resampler(nn.Module):
         W_c = Q R. So with ``y = r x`` the layer is an attention over y: ``K = W_k γ W_c``, ``V = W_v γ W_c``, bias
         ``b_v + W_v β``, and positions add to the scores. ``unfold`` takes it back, and so do ``train()``, loading a
         state and moving or casting the module, after which the folded weights would not be its own.
+
+        Numerics: norm and projection of the queries, products and R are fp64 whatever the parameters are; each result
+        rounds once, to the parameters' dtype. At run time r is fp32 at least (fp64 of fp64 features) and rounds once to
+        the features' dtype, as does ``y``. Positions round as in the unfolded layer.
         """
         wide = torch.float64
         w_q, w_k, w_v = self.attn.in_proj_weight.to(wide).chunk(3)
@@ -139,8 +178,12 @@ class Resampler(nn.Module):
             else torch.eye(D, dtype=wide, device=gamma.device)
         )
         centred = kv - kv.mean(0)
+        norm = self.ln_q
+        query = F.layer_norm(
+            self.query.to(wide), (D,), norm.weight.to(wide), norm.bias.to(wide), norm.eps
+        )
         found = (
-            F.linear(self._queries().to(wide), w_q, b_q), (w_k * gamma) @ centred, (w_v * gamma) @ centred,
+            F.linear(self._with_places(query), w_q, b_q), (w_k * gamma) @ centred, (w_v * gamma) @ centred,
             b_v + w_v @ beta, torch.linalg.qr(centred, mode="r").R,
         )  # fmt: skip
         self._folded = Folded(*(t.to(self.query.dtype) for t in found))
@@ -174,7 +217,9 @@ class Resampler(nn.Module):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         D, A = self.query.shape[1], self.attn.num_heads
-        squares = F.linear(features, folded.spread).float().square().sum(-1, keepdim=True)
+        spread = F.linear(features, folded.spread)
+        wide = spread.to(torch.promote_types(spread.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True)
         scaled = features * torch.rsqrt(squares / D + self.ln_kv.eps).to(features.dtype)
         w_k = self.attn.in_proj_weight[D : 2 * D]  # positions join K after the norm: as they are
         scores = position_scores(folded.query, position, w_k, A, (D // A) ** -0.5)

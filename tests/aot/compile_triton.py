@@ -193,6 +193,7 @@ def _cross_attention(
     d: int,
     shared: bool = False,
     mask: str = "none",
+    dropped: bool = False,
 ) -> None:
     query = _meta(*(() if shared else (B,)), Q, A * d, dtype=dtype)
     context, bias = _meta(B, n, X, dtype=dtype), _meta(A * d, dtype=dtype)
@@ -203,8 +204,9 @@ def _cross_attention(
         "additive": _meta(1, 1, Q, n, dtype=dtype).expand(B, A, Q, n),
     }
     m = masks[mask]
+    keep = _meta(B, A, Q, n, dtype=torch.bool) if dropped else None
     out, lse = cross_attention.cross_attention(
-        query, context, None, w_k, w_v, None, bias, m, None, None, 0, A, 0.125, 0.0
+        query, context, None, w_k, w_v, None, bias, m, keep, None, 0, A, 0.125, 0.1 * dropped
     )
     cross_attention.cross_attention_backward(
         out,
@@ -215,14 +217,14 @@ def _cross_attention(
         w_v,
         bias,
         m,
-        None,
+        keep,
         None,
         out,
         lse,
         0,
         A,
         0.125,
-        0.0,
+        0.1 * dropped,
         [True] * 7,
     )
 
@@ -315,6 +317,9 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     ),
     "blip2_layer": lambda t: _cross_attention(t, 16, 32, 257, 1408, 12, 64),
     "blip2_padded": lambda t: _cross_attention(t, 16, 32, 257, 1408, 12, 64, mask="bool"),
+    "blip2_dropped": lambda t: _cross_attention(
+        t, 16, 32, 257, 1408, 12, 64, mask="bool", dropped=True
+    ),
     "siglip_map_head": lambda t: _cross_attention(t, 16, 1, 729, 1152, 16, 72, shared=True),
     "granite_window": lambda t: _cross_attention(t, 256, 3, 15, 1024, 16, 64, mask="additive"),
     "mrope_qwen2_vl": lambda _: _mrope_positions("qwen2_vl"),

@@ -41,7 +41,7 @@ def cross_attention(
 
     ``out_h = softmax(scale · q_h (x W_k,hᵀ + b_k,h)ᵀ + mask) (x W_v,hᵀ + b_v,h)`` with x = ``context``, before the
     output projection. Absorbed, K and V are never formed: ``q'_h = q_h W_k,h``, ``S_h = q'_h xᵀ``,
-    ``out_h = (softmax(S_h) x) W_v,hᵀ + b_v,h``; ``b_k`` cancels in the softmax.
+    ``out_h = (P x) W_v,hᵀ + (ΣP) b_v,h`` with P = softmax(S_h), dropped or not; ``b_k`` cancels in the softmax.
 
     Args:
         query: Already projected, ``[B, Q, A·d]``, or ``[Q, A·d]`` shared by the batch (then projected once).
@@ -51,7 +51,8 @@ def cross_attention(
         num_heads: A.
         num_key_value_heads: A_kv, a divisor of A: query head h reads key head ⌊h·A_kv/A⌋. Default A.
         attention_mask: As in SDPA: bool (True = attend) or additive, broadcastable to
-            ``[B, A, Q, n]``. A row that may attend to nothing gives 0 and no gradient. Not with cu_seqlens.
+            ``[B, A, Q, n]``. A row that may attend to nothing gives 0 and no gradient. A key that no query
+            may attend to (False, or -inf) counts for nothing, even if it holds NaN. Not with cu_seqlens.
         latents: ``[B, L, X]``, a second source of keys and values, of which every query sees all: the Perceiver's
             ``cat(context, latents)`` in either order, not concatenated. Its norm is the caller's.
         context_norm: ``Norm("layer" or "rms", weight, bias, eps)`` of the context before K and V.
@@ -61,7 +62,8 @@ def cross_attention(
         cu_seqlens: Offsets of the samples in a packed context, ``[B + 1]`` int32 or int64; max_seqlen: the longest
             of them, needed on a GPU (read from cu_seqlens on CPU).
         scale: Default ``1/√d``.
-        dropout_p: Of the attention probabilities, where it is not 0.
+        dropout_p: Of the attention probabilities, where it is not 0. A dropped one takes its share of
+            value_bias along.
         algorithm: ``"projected"`` (torch's own GEMM and SDPA), ``"absorbed"`` (ours), or ``"auto"``: the
             rule of ``cost.py`` on Q, n, d, X, dtype, device and whether a backward will follow.
 
@@ -93,8 +95,6 @@ def cross_attention(
         checks.fail(OP, "key_norm", "given", 'None with algorithm="absorbed"')
     if not 0 <= dropout_p < 1:
         checks.fail(OP, "dropout_p", dropout_p, "from 0 to below 1")
-    if context_norm is not None:
-        context = normed(context, context_norm)
     if cu_seqlens is None:
         (B, n, X), longest = context.shape, 0
     else:
@@ -105,8 +105,14 @@ def cross_attention(
         checks.fail(OP, "query", list(query.shape), f"[{B}, Q, A·d] for this context")
     Q = query.shape[-2]
     mask = arguments.expanded_mask(attention_mask, B, num_heads, Q, n, query.device)
+    seen = None if attention_mask is None else arguments.seen_keys(attention_mask)
+    if context_norm is not None:
+        context, of_context = normed(arguments.seen_rows(context, seen), context_norm), None
+    else:
+        of_context = seen
     arguments.check_latents(latents, B, context)
     position = arguments.position_of(key_position, n, context)
+    position = arguments.seen_positions(position, seen)
     if algorithm == "auto":
         keys, rows = n + (0 if latents is None else latents.shape[1]), Q * (num_heads // kv_heads)
         tensors = (query, context, key_weight, value_weight, latents)
@@ -120,6 +126,7 @@ def cross_attention(
         run = functools.partial(absorbed, cu_seqlens=cu_seqlens, max_seqlen=longest)
     else:
         run = functools.partial(projected, key_norm=key_norm)
+        context = arguments.seen_rows(context, of_context)  # absorbed, the kernel does so
         if cu_seqlens is not None:  # SDPA wants a batch
             context, inside = padded(context, cu_seqlens, longest)
             mask = inside.expand(B, num_heads, Q, n)

@@ -4,6 +4,7 @@
 Letters: B batch, Q queries, n context tokens, L latents, X context width, A heads (A_kv of keys), d head width.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,6 +74,44 @@ def expanded_mask(
         expected = f"broadcastable to [B, A, Q, n] = {list(full)}"
         checks.fail(OP, "attention_mask", list(shape), expected)
     return attention_mask.expand(full)
+
+
+def seen_keys(attention_mask: torch.Tensor) -> torch.Tensor:
+    """``[B or 1, n or 1]``, bool: the keys that some query may attend to."""
+    mask = attention_mask.detach()
+    allowed = mask if mask.dtype == torch.bool else mask != -torch.inf
+    return allowed.view((1,) * (4 - mask.dim()) + tuple(mask.shape)).any((1, 2))
+
+
+def seen_rows(rows: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """``rows`` [..., n, X] with 0 in each that ``seen`` [..., n] is False for: P = 0 times NaN would be NaN."""
+    if seen is None or _harmless(rows, seen):
+        return rows
+    return torch.where(seen[..., None], rows, 0)
+
+
+def _harmless(rows: torch.Tensor, seen: torch.Tensor) -> bool:
+    """Whether no hidden row could spoil a product, not by overflow either: then nothing need be copied.
+
+    Looked up where that is cheap: in plain tensors on CPU, and not in a graph.
+    """
+    plain = type(rows) in (torch.Tensor, torch.nn.Parameter) and rows.device.type == "cpu"
+    if not plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    hidden = rows.detach()[~seen.expand(rows.shape[:-1])]
+    return bool((hidden.abs() <= 1e15).all())
+
+
+def seen_positions(
+    tables: tuple[torch.Tensor, ...], seen: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """The same of positions: a row is seen if one of its keys is, in any sample."""
+    if seen is None or not tables:
+        return tables
+    counts = [len(t) for t in tables]
+    of_keys = seen.any(0).expand(math.prod(counts)).view(counts)
+    sides = [of_keys] if len(tables) == 1 else [of_keys.any(1), of_keys.any(0)]
+    return tuple(seen_rows(t, side) for t, side in zip(tables, sides, strict=True))
 
 
 def check_latents(latents: torch.Tensor | None, B: int, context: torch.Tensor) -> None:

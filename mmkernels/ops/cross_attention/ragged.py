@@ -15,7 +15,8 @@ def padded(
     if context.shape[0] == 0:  # a row to pad with; the gradient, of no rows, still has a path
         context = F.pad(context, (0, 0, 0, 1))
     dense = context.index_select(0, rows.flatten()).view(*rows.shape, context.shape[1])
-    return dense, inside[:, None, None]
+    # What pads is 0: a row of another sample may hold NaN.
+    return torch.where(inside[..., None], dense, 0), inside[:, None, None]
 
 
 def packed(dense: torch.Tensor, cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:

@@ -4,8 +4,10 @@
 Dimensions: B batch, Q queries, n context tokens, X context width, A heads, d head width.
 
 ``K = context · W_k + b_k``, ``V = context · W_v + b_v``, ``out = softmax(scale · q K + mask) V``; with dropout the
-probabilities are multiplied by ``dropout_mask / (1 − p)``. A row whose mask forbids every key gives 0. What rounds
-where: in 16-bit dtypes K, V and the probabilities round to the dtype, as in eager models; the softmax itself runs
+probabilities are multiplied by ``dropout_mask / (1 − p)``. A row whose mask forbids every key gives 0. A key that is
+forbidden to every query is read as 0, and its gradient is 0.
+
+What rounds where: in 16-bit dtypes K, V and the probabilities round to the dtype, as in eager models. The softmax runs
 in fp32. The kernel forms neither K nor V.
 """
 
@@ -14,7 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from mmkernels.ops.cross_attention.arguments import over_latents
+from mmkernels.ops.cross_attention.arguments import over_latents, seen_keys
 from mmkernels.ops.cross_attention.ragged import packed, padded
 
 
@@ -46,6 +48,8 @@ def cross_attention(
         attention_mask = over_latents(inside, latents)
     if latents is not None:
         context = torch.cat([context, latents], 1)
+    if attention_mask is not None:
+        context = torch.where(seen_keys(attention_mask)[..., None], context, 0)
     key = _heads(F.linear(context, key_weight), num_heads)  # b_k adds a constant to each score row
     value = _heads(F.linear(context, value_weight, value_bias), num_heads)
     q = _heads(query.expand(context.shape[0], *query.shape[-2:]), num_heads)
@@ -115,6 +119,8 @@ def cross_attention_backward(
     own = context.shape[1]
     if latents is not None:
         context = torch.cat([context, latents], 1)
+    if attention_mask is not None:
+        context = torch.where(seen_keys(attention_mask)[..., None], context, 0)
     B, n, X = context.shape
     x, w_k, w_v = context.to(acc), key_weight.to(acc), value_weight.to(acc)
     q = _heads(query.to(acc).expand(B, *query.shape[-2:]), num_heads)

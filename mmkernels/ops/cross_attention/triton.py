@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Absorbed cross-attention on CUDA: q' = scale·q·W_k, S = q'·Xᵀ, Z = softmax(S)·X, out = Z·W_vᵀ + b_v.
+"""Absorbed cross-attention on CUDA: q' = scale·q·W_k, S = q'·Xᵀ, Z = P·X with P = softmax(S), out = Z·W_vᵀ + ΣP·b_v.
 
 Neither K nor V is formed. Dimensions: B batch, Q queries, n context tokens, X context width, A heads,
 d head width; R = Q·A score rows a sample, query first: row = query·A + head, so that [Q, A·d] is [R, d].
@@ -13,10 +13,11 @@ stay in L2.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from mmkernels.ops.cross_attention.arguments import over_latents
+from mmkernels.ops.cross_attention.arguments import over_latents, seen_keys
 from mmkernels.ops.cross_attention.ragged import packed, padded
 
 _GROUP_BYTES = 40 * 2**20  # of an H200's 50 MB L2
@@ -57,15 +58,29 @@ def _masked(
 
 
 @triton.jit
+def _read(seen_Bn, b, j, n, HAS_SEEN: tl.constexpr):
+    """Keys to be read: those that some query may attend to. The others are 0, whatever they hold."""
+    if HAS_SEEN:
+        read = tl.load(seen_Bn + b * (tl.cdiv(n, 128) * 128) + j) != 0  # it ends in whole tiles
+    else:
+        read = j < n
+    return read
+
+
+@triton.jit
 def _product_kernel(
-    a_HIK, b_HKJ, c_HIJ, add_HIJ, bias_HJ, lse_BHQ,
+    a_HIK, b_HKJ, c_HIJ, add_HIJ, bias_HJ, of_rows_BHQ, seen_HK,
     I, J, K, H, Q, alpha,
     a_stride_h, a_stride_i, a_stride_k, b_stride_h, b_stride_k, b_stride_j,
     c_stride_h, c_stride_i, c_stride_j, add_stride_h, add_stride_i, add_stride_j,
-    DTYPE: tl.constexpr, HAS_ADD: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DTYPE: tl.constexpr, HAS_ADD: tl.constexpr, BIAS: tl.constexpr, HAS_SEEN: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``c = alpha·a·b (+ add) (+ bias, in rows that attended to something)``, for each h."""
+    """``c = alpha·a·b (+ add) (+ bias)``, for each h; of b only rows that are seen.
+
+    ``BIAS``: "none", "whole" in rows that attended to something, whose lse is ``of_rows``, or a "share" of
+    alpha·of_rows.
+    """
     tiles_i, tiles_j = tl.cdiv(I, BLOCK_I), tl.cdiv(J, BLOCK_J)
     pid = tl.program_id(0)
     h = (pid // (tiles_i * tiles_j)).to(tl.int64)
@@ -82,9 +97,10 @@ def _product_kernel(
             mask=(i < I)[:, None] & (k < K)[None, :],
             other=0,
         )
+        read = _read(seen_HK, h, k, K, HAS_SEEN)
         b = tl.load(
             b_HKJ + h * b_stride_h + k_64[:, None] * b_stride_k + j_64 * b_stride_j,
-            mask=(k < K)[:, None] & (j < J)[None, :],
+            mask=read[:, None] & (j < J)[None, :],
             other=0,
         )
         acc = _dot(a, b, acc, DTYPE)
@@ -92,12 +108,14 @@ def _product_kernel(
     if HAS_ADD:
         place = h * add_stride_h + i_64 * add_stride_i + j_64 * add_stride_j
         acc += tl.load(add_HIJ + place, mask=inside, other=0)
-    if HAS_BIAS:
-        lse = tl.load(
-            lse_BHQ + ((i // Q).to(tl.int64) * H + h) * Q + i % Q, mask=i < I, other=float("-inf")
-        )
-        bias = tl.load(bias_HJ + h * J + j, mask=j < J, other=0).to(tl.float32)
-        acc += tl.where((lse > float("-inf"))[:, None], bias[None, :], 0.0)
+    if BIAS != "none":
+        place = ((i // Q).to(tl.int64) * H + h) * Q + i % Q
+        of_row = tl.load(of_rows_BHQ + place, mask=i < I, other=0)[:, None]
+        bias = tl.load(bias_HJ + h * J + j, mask=j < J, other=0).to(tl.float32)[None, :]
+        if BIAS == "whole":
+            acc += tl.where(of_row > float("-inf"), bias, 0.0)
+        else:
+            acc += alpha * of_row * bias
     tl.store(
         c_HIJ + h * c_stride_h + i_64 * c_stride_i + j_64 * c_stride_j,
         acc.to(c_HIJ.dtype.element_ty),
@@ -200,10 +218,10 @@ def _values_kernel(
 
 @triton.jit
 def _grad_scores_kernel(
-    q_BRX, dz_BRX, x_BnX, mask, lse_BAQ, p_BRn, dp_BRn,
+    q_BRX, dz_BRX, x_BnX, mask, seen_Bn, lse_BAQ, p_BRn, dp_BRn,
     R, n, X, A, q_stride_b, x_stride_b, x_stride_n, x_stride_x,
     m_stride_b, m_stride_a, m_stride_q, m_stride_n,
-    DTYPE: tl.constexpr, MASK: tl.constexpr,
+    DTYPE: tl.constexpr, MASK: tl.constexpr, HAS_SEEN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """One tile of the probabilities, recomputed, and of their gradient."""
@@ -213,6 +231,7 @@ def _grad_scores_kernel(
     r = pid // tiles_n % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
     j = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     r_64, j_64 = r.to(tl.int64), j.to(tl.int64)
+    read = _read(seen_Bn, b, j, n, HAS_SEEN)
     s = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     dp = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for x0 in range(0, X, BLOCK_X):
@@ -226,7 +245,7 @@ def _grad_scores_kernel(
             + b * x_stride_b
             + j_64[None, :] * x_stride_n
             + x.to(tl.int64)[:, None] * x_stride_x,
-            mask=(j < n)[None, :] & (x < X)[:, None],
+            mask=read[None, :] & (x < X)[:, None],
             other=0,
         )
         s = _dot(q, keys, s, DTYPE)
@@ -293,17 +312,24 @@ def _product(
     add: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    share: torch.Tensor | None = None,
+    seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``out [H, I, J] = alpha · a [H, I, K] · b [H, K, J] (+ add)``, any strides; ``dtype`` is the op's."""
+    """``out [H, I, J] = alpha · a [H, I, K] · b [H, K, J] (+ add) (+ bias)``, any strides; ``dtype`` is the op's.
+
+    ``bias`` needs ``lse`` or ``share``, ``[·, H, Q]`` with I = ·Q; of b those rows count that ``seen`` [H, K] says.
+    """
     (H, I, K), J = a.shape, b.shape[2]
     if out.numel() == 0:
         return out
     config = product_config(I, J, dtype)
     grid = (H * triton.cdiv(I, config["BLOCK_I"]) * triton.cdiv(J, config["BLOCK_J"]),)
+    of_rows = lse if share is None else share
+    BIAS = "none" if bias is None else "whole" if share is None else "share"
     _product_kernel[grid](
-        a, b, out, add, bias, lse, I, J, K, H, 1 if lse is None else lse.shape[2], alpha,
+        a, b, out, add, bias, of_rows, seen, I, J, K, H, 1 if of_rows is None else of_rows.shape[2], alpha,
         *a.stride(), *b.stride(), *out.stride(), *(out if add is None else add).stride(),
-        DTYPE=_DTYPES[dtype], HAS_ADD=add is not None, HAS_BIAS=bias is not None, **config,
+        DTYPE=_DTYPES[dtype], HAS_ADD=add is not None, BIAS=BIAS, HAS_SEEN=seen is not None, **config,
     )  # fmt: skip
     return out
 
@@ -353,6 +379,7 @@ def cross_attention(
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``reference.cross_attention``; ``key_bias`` cancels in the softmax and is not read."""
+    seen = _seen(attention_mask)
     if cu_seqlens is not None:
         context, attention_mask = _padded(
             query, context, latents, cu_seqlens, max_seqlen, num_heads
@@ -366,20 +393,37 @@ def cross_attention(
     if out.numel() == 0:
         return out, lse
     bias = None if value_bias is None else value_bias.contiguous()
+    share = None if bias is None or dropout_mask is None else torch.empty_like(lse)
     shared = _through(query, key_weight, A, scale)[None] if query.dim() == 2 else None
     size = context.element_size()
     for samples in _groups(B, (n * X + R * n) * size + 8 * R * X):
         q = _through(query[samples], key_weight, A, scale) if shared is None else shared
         mask = None if attention_mask is None else attention_mask[samples]
         keep = _keep(dropout_mask, samples)
-        z_BRX = _attend(q, context[samples], mask, keep, lse[samples], R, A)
+        x, kept = context[samples], None if share is None else share[samples]
+        if seen is not None:  # copied here, for the kernel of Z has no register free to skip rows
+            x = torch.where(seen[samples, :n, None] != 0, x, 0)
+        z_BRX = _attend(q, x, mask, keep, lse[samples], kept, R, A)
         _product(
             z_BRX.view(-1, A, X).transpose(0, 1),
             value_weight.unflatten(0, (A, -1)).transpose(1, 2),
             _by_head(out[samples], A), dtype, alpha=1 / (1 - dropout_p), bias=bias,
-            lse=lse[samples],
+            lse=lse[samples], share=kept,
         )  # fmt: skip
     return out, lse
+
+
+def _seen(mask_BAQn: torch.Tensor | None) -> torch.Tensor | None:
+    """The keys that some query may attend to, of an expanded mask, whose copies are not read.
+
+    ``[B, n]``, with 0 behind up to a multiple of 128, which every tile divides.
+    """
+    if mask_BAQn is None:
+        return None
+    for dim in (1, 2):
+        if mask_BAQn.stride(dim) == 0 and mask_BAQn.shape[dim] > 0:
+            mask_BAQn = mask_BAQn.narrow(dim, 0, 1)
+    return F.pad(seen_keys(mask_BAQn).view(torch.uint8), (0, -mask_BAQn.shape[3] % 128))
 
 
 def _padded(
@@ -408,10 +452,11 @@ def _attend(
     mask: torch.Tensor | None,
     keep: torch.Tensor | None,
     lse: torch.Tensor,
+    share: torch.Tensor | None,
     R: int,
     A: int,
 ) -> torch.Tensor:
-    """``softmax(q' · contextᵀ + mask) · context`` in fp32; writes ``lse``."""
+    """``softmax(q' · contextᵀ + mask) · context`` in fp32; writes ``lse`` and ``share``."""
     B, n, X = context.shape
     DTYPE = _DTYPES[context.dtype]
     config = scores_config(R, n, context.dtype)
@@ -428,6 +473,11 @@ def _attend(
         )  # fmt: skip
     if keep is not None:  # dropped after they were summed
         p_BRn[..., :n].mul_(keep)
+    if share is not None and n == 0:
+        share.zero_()
+    elif share is not None:
+        kept_BR = _kept(p_BRn[..., :n], max_BRt, sum_BRt, config["BLOCK_N"])
+        share.copy_(kept_BR.unflatten(1, (-1, A)).transpose(1, 2))
     z_BRX = torch.empty((B, R, X), dtype=torch.float32, device=context.device)
     config = values_config(R, n, context.dtype)
     _values_kernel[(B * tiles_r * max(triton.cdiv(X, config["BLOCK_X"]), 1),)](
@@ -435,6 +485,17 @@ def _attend(
         DTYPE=DTYPE, **config,
     )  # fmt: skip
     return z_BRX
+
+
+def _kept(
+    p_BRn: torch.Tensor, max_BRt: torch.Tensor, sum_BRt: torch.Tensor, BLOCK_N: int
+) -> torch.Tensor:
+    """What dropout left of the sum of each row's probabilities, ``[B, R]``. The kernel has no register free for it."""
+    n, tiles = p_BRn.shape[2], max_BRt.shape[2]
+    left_BRt = F.pad(p_BRn, (0, tiles * BLOCK_N - n)).unflatten(-1, (tiles, BLOCK_N))
+    weight_BRt = torch.exp(max_BRt - max_BRt.amax(-1, keepdim=True))  # to one maximum
+    left = (left_BRt.sum(-1, dtype=torch.float32) * weight_BRt).sum(-1)
+    return (left / (sum_BRt * weight_BRt).sum(-1)).nan_to_num_(0.0)  # a row of no key
 
 
 def cross_attention_backward(
@@ -457,7 +518,7 @@ def cross_attention_backward(
     needs: list[bool],
 ) -> tuple[torch.Tensor, ...]:
     """As ``reference.cross_attention_backward``; K, V and their gradients are never formed."""
-    total = context.shape[0]
+    total, seen = context.shape[0], _seen(attention_mask)
     if cu_seqlens is not None:
         context, attention_mask = _padded(
             query, context, latents, cu_seqlens, max_seqlen, num_heads
@@ -480,17 +541,24 @@ def cross_attention_backward(
     dq_shared = torch.zeros((R, X), **wide) if is_shared else empty
     lse = lse.contiguous()
     d_mask = lse.new_empty((*lse.shape, n) if needs[6] else 0)
+    drops_bias = value_bias is not None and dropout_mask is not None
+    share = torch.zeros_like(lse) if drops_bias else None
     for samples in _groups(B, n * X * context.element_size() + 8 * R * n + 12 * R * X):
         x, d_out = context[samples], grad[samples]
         q = q_shared if is_shared else _through(query[samples], key_weight, A, scale)
         dz = _through(d_out, value_weight, A)
         mask = None if attention_mask is None else attention_mask[samples]
-        p, ds = _grad_scores(q, dz, x, mask, lse[samples], R, A)
+        visible = None if seen is None else seen[samples]
+        p, ds = _grad_scores(q, dz, x, mask, visible, lse[samples], R, A)
+        if value_bias is not None and share is not None:
+            ds.add_(_bias_in_scores(d_out, value_bias, A))
         p, ds = _through_softmax(p, ds, _keep(dropout_mask, samples), dropout_p)
+        if share is not None:
+            share[samples] = p.sum(-1).unflatten(1, (-1, A)).transpose(1, 2)
         if needs[6]:
             d_mask[samples] = ds.unflatten(1, (-1, A)).transpose(1, 2)
         if needs[0] or needs[3]:
-            dq = _product(ds, x, torch.empty_like(dz), dtype, alpha=scale)
+            dq = _product(ds, x, torch.empty_like(dz), dtype, alpha=scale, seen=visible)
             if is_shared:
                 dq_shared += dq.sum(0)
             else:
@@ -501,7 +569,7 @@ def cross_attention_backward(
             q = q.expand(x.shape[0], R, X)
             _product(ds.transpose(1, 2), q, d_context[samples], dtype, add=part)
         if needs[4]:
-            z_BRX = _product(p, x, dz, dtype)
+            z_BRX = _product(p, x, dz, dtype, seen=visible)
             heads = z_BRX.view(-1, A, X).transpose(0, 1)
             _product(_by_head(d_out, A).transpose(1, 2), heads, d_w_v, dtype, add=d_w_v)
     if is_shared and (needs[0] or needs[3]):
@@ -512,7 +580,7 @@ def cross_attention_backward(
     if cu_seqlens is not None:
         d_context = packed(d_context, cu_seqlens, total)
     grads = (d_query, d_context, d_latents, d_w_k.flatten(0, 1), d_w_v.flatten(0, 1))
-    d_bias = _grad_bias(grad, lse, A) if needs[5] else empty
+    d_bias = _grad_bias(grad, lse, share, A) if needs[5] else empty
     found = [
         g.to(dtype) if need else empty for g, need in zip((*grads, d_bias), needs, strict=False)
     ]
@@ -524,6 +592,7 @@ def _grad_scores(
     dz_BRX: torch.Tensor,
     context: torch.Tensor,
     mask: torch.Tensor | None,
+    seen: torch.Tensor | None,
     lse: torch.Tensor,
     R: int,
     A: int,
@@ -537,11 +606,17 @@ def _grad_scores(
     mask, strides, MASK = _mask_arguments(mask)
     grid = (B * triton.cdiv(R, config["BLOCK_R"]) * triton.cdiv(n, config["BLOCK_N"]),)
     _grad_scores_kernel[grid](
-        q_BRX, dz_BRX, context, mask, lse, p_BRn, dp_BRn, R, n, X, A,
+        q_BRX, dz_BRX, context, mask, seen, lse, p_BRn, dp_BRn, R, n, X, A,
         q_BRX.stride(0) if q_BRX.shape[0] > 1 else 0, *context.stride(), *strides,
-        DTYPE=_DTYPES[context.dtype], MASK=MASK, **config,
+        DTYPE=_DTYPES[context.dtype], MASK=MASK, HAS_SEEN=seen is not None, **config,
     )  # fmt: skip
     return p_BRn, dp_BRn
+
+
+def _bias_in_scores(d_out: torch.Tensor, value_bias: torch.Tensor, A: int) -> torch.Tensor:
+    """``dO · b_v`` of each score row, ``[B, R, 1]``: a part of dP, which without dropout cancels in dS."""
+    terms = d_out.float() * value_bias.float()
+    return terms.unflatten(-1, (A, -1)).sum(-1).flatten(1)[..., None]
 
 
 def _through_softmax(
@@ -583,8 +658,13 @@ def _finish_query(
         _product(_by_head(query, A).transpose(1, 2), heads_ARX, d_w_k, query.dtype, add=d_w_k)
 
 
-def _grad_bias(grad: torch.Tensor, lse: torch.Tensor, A: int) -> torch.Tensor:
-    """The sum of ``grad`` over the rows that attended to something."""
+def _grad_bias(
+    grad: torch.Tensor, lse: torch.Tensor, share: torch.Tensor | None, A: int
+) -> torch.Tensor:
+    """The sum of ``grad`` over the rows that attended to something, times what dropout left of each."""
+    if share is not None:
+        rows_BQAd = grad.unflatten(-1, (A, -1)) * share.transpose(1, 2)[..., None]
+        return rows_BQAd.sum((0, 1)).flatten()
     kept_BQA = (lse > -torch.inf).transpose(1, 2)[..., None]
     return (
         torch.where(kept_BQA, grad.unflatten(-1, (A, -1)), 0)

@@ -62,8 +62,7 @@ def why_not_packed(config: Any) -> str:
     for kind in kinds:
         if kind in REASONS:
             return f"{name} cannot be packed: {REASONS[kind]}"
-    layers = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}  # fmt: skip
-    if others := sorted(layers - LAYERS):
+    if others := sorted({*(getattr(text, "layer_types", None) or ())} - LAYERS):
         return f"{name} cannot be packed: its layers of {others} go on over the ends of samples"
     if kinds[0] not in FAMILIES | DECODERS or kinds[-1] not in DECODERS:
         return (
@@ -73,7 +72,9 @@ def why_not_packed(config: Any) -> str:
     attention = getattr(text, "_attn_implementation", None) or "sdpa"
     if "flash" in attention:
         why = NO_FLASH.get(kinds[0], "")
-        return f"{name} cannot be packed with attn_implementation={attention!r}: {why}" if why else ""
+        return (
+            f"{name} cannot be packed with attn_implementation={attention!r}: {why}" if why else ""
+        )
     if attention not in ATTENTION:
         return (
             f"{name} with attn_implementation={attention!r} was not compared packed with alone: "

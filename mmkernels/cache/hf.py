@@ -23,7 +23,7 @@ from mmkernels.ops.paged_attention import paged_attention
 NAME = "mmkernels_paged"
 
 
-class PagedCache(DynamicCache):  # type: ignore[misc]
+class PagedCache(DynamicCache):
     """A ``DynamicCache`` whose sequences lie in pages of ``pool``; one table for all layers.
 
     A layer that is given other tokens than the rest (an image's keys, for cross-attention), or keys with a gradient,
@@ -31,9 +31,11 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
     written. ``gather=False``: the layers hand out only the new keys and values, for a model whose attention is ours.
     """
 
+    layers: Any  # of ``PagedLayer``
+
     def __init__(self, pool: PagePool | LayerwisePages, gather: bool = True) -> None:
         self._batch = _Batch(PagedKVCache(pool))
-        layers = [PagedLayer(self._batch, i, gather) for i in range(pool.num_layers)]
+        layers: Any = [PagedLayer(self._batch, i, gather) for i in range(pool.num_layers)]
         Cache.__init__(self, layers=layers)
 
     @classmethod
@@ -95,7 +97,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         if self.sequences and rows != list(range(len(self.sequences))):
             self._batch.select(rows)
 
-    def _unpaged(self) -> list["PagedLayer"]:
+    def _unpaged(self) -> list[Any]:
         return [layer for layer in self.layers if not layer.paged]
 
 
@@ -105,11 +107,13 @@ class _Batch:
     def __init__(self, pages: PagedKVCache) -> None:
         self.pages = pages
         self.sequences: list[int] = []
-        self.before = 0  # length before the latest step; the length itself when no layer may still write it
-        self._slots = self._table = torch.empty(0, dtype=torch.int64)
+        self.before = (
+            0  # length before the latest step; the length itself when no layer may still write it
+        )
         self._rows: list[list[int]] = []
-        self.span: slice | None = None  # the pages of one sequence that lie side by side
-        self._on: dict[tuple[str, torch.device], torch.Tensor] = {}
+        self.first: int | None = None  # page of one sequence whose pages lie side by side
+        self._slots: dict[torch.device, torch.Tensor] = {}
+        self._tables: dict[torch.device, torch.Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Batch":
         copied = _Batch(self.pages.__deepcopy__(memo))
@@ -127,7 +131,7 @@ class _Batch:
         before = self.length
         sequences = self.sequences or [self.pages.add() for _ in range(count)]
         try:
-            self._slots = self.pages.append(sequences, [new] * count).slot_mapping
+            self.pages.extend(sequences, [new] * count)
         except Exception:
             for s in sequences if not self.sequences else ():
                 self.pages.free(s)
@@ -157,30 +161,31 @@ class _Batch:
 
     def slots(self, device: torch.device) -> torch.Tensor:
         """Of the latest step, ``[B·new]``."""
-        return self._there("slots", self._slots, device)
+        if device not in self._slots:
+            size, at = self.pages.pool.page_size, range(self.before, self.length)
+            slots = [row[i // size] * size + i % size for row in self._rows for i in at]
+            self._slots[device] = torch.tensor(slots, dtype=torch.int64, device=device)
+        return self._slots[device]
 
     def table(self, device: torch.device) -> torch.Tensor:
         """Pages of all sequences, ``[B, P]``."""
-        return self._there("table", self._table, device)
-
-    def _there(self, name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        if (name, device) not in self._on:
-            self._on[name, device] = tensor.to(device)
-        return self._on[name, device]
+        if device not in self._tables:
+            self._tables[device] = torch.tensor(self._rows, dtype=torch.int64, device=device)
+        return self._tables[device]
 
     def _changed(self) -> None:
         self.before = self.length
+        self._slots = {}
         rows = [self.pages.pages(s) for s in self.sequences]
         if rows != self._rows:
-            self._rows, self._table = rows, torch.tensor(rows)
-            first = rows[0][0] if len(rows) == 1 and rows[0] else 0
-            side_by_side = len(rows) == 1 and rows[0] == list(range(first, first + len(rows[0])))
-            self.span = slice(first, first + len(rows[0])) if side_by_side else None
-        self._on.clear()
+            self._rows, self._tables = rows, {}
+            row = rows[0] if len(rows) == 1 else []
+            side_by_side = row and row == list(range(row[0], row[0] + len(row)))
+            self.first = row[0] if side_by_side else None
 
 
-class PagedLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer of a ``PagedCache``: a ``DynamicLayer`` whose keys and values lie in pages, until somebody sets them."""
+class PagedLayer(DynamicLayer):
+    """A ``DynamicLayer`` whose keys and values lie in pages, until somebody sets them."""
 
     paged = False  # while the super class sets its own
 
@@ -191,8 +196,8 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """``[B, H, n, d]``: of all tokens, as of now."""
-        return self._all("key_cache") if self.paged and self.length else self._keys
+        """``[B, H, n, d]`` of all tokens, as they are now."""
+        return self._snapshot("key_cache") if self.paged and self.length else self._keys
 
     @keys.setter
     def keys(self, keys: torch.Tensor | None) -> None:
@@ -201,8 +206,8 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def values(self) -> torch.Tensor | None:
-        """``[B, H, n, d]``: of all tokens, as of now."""
-        return self._all("value_cache") if self.paged and self.length else self._values
+        """``[B, H, n, d]`` of all tokens, as they are now."""
+        return self._snapshot("value_cache") if self.paged and self.length else self._values
 
     @values.setter
     def values(self, values: torch.Tensor | None) -> None:
@@ -230,22 +235,25 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
             self._batch.append(B, new)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rows = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
-        self._batch.pages.pool.write(self.index, self._batch.slots(key_states.device), *rows)
         before, self.length = self.length, self.length + new
+        caches = self._write(before, key_states, value_states)
         if not self.gather:
             key_states._mmkernels_layer = self  # type: ignore[attr-defined]
         if not self.gather or before == 0:
             return key_states, value_states
-        key, value = self._all("key_cache"), self._all("value_cache")
+        key, value = map(self._tokens, caches)
+        if key.dtype == key_states.dtype and value.dtype == value_states.dtype:
+            return key, value
         return key.to(key_states.dtype), value.to(value_states.dtype)
 
     def _takes_part(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether these are the tokens of the step, and pages can hold them."""
         batch = self._batch
-        if not self.paged or torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             return False
         if batch.sequences and key.shape[0] != len(batch.sequences) and not self.length:
+            return False
+        if not self.paged:
             return False
         first = self.length == batch.length
         return first or (self.length, self.length + key.shape[2]) == (batch.before, batch.length)
@@ -256,9 +264,8 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
             raise ValueError(f"PagedCache: holds {held} sequences, got {key.shape[0]}")
         pool = self._batch.pages.pool
         for name, states in (("key_cache", key), ("value_cache", value)):
-            cache = getattr(pool, name)[self.index]
-            there, got = cache.shape[2:], states.shape[1::2]
-            if len(cache) and there != got:
+            there, got = getattr(pool, name)[self.index].shape[2:], states.shape[1::2]
+            if there and there != got:
                 raise ValueError(
                     f"PagedCache: {name}[{self.index}] holds heads of {list(there)}, got {list(got)}"
                 )
@@ -268,16 +275,39 @@ class PagedLayer(DynamicLayer):  # type: ignore[misc]
         if self.paged:
             self._keys, self._values, self.paged = self.keys, self.values, False
 
-    def _all(self, name: str) -> torch.Tensor:
-        """Of all tokens, ``[B, H, n, d]``."""
-        cache = getattr(self._batch.pages.pool, name)[self.index]
-        batch, size = len(self._batch.sequences), cache.shape[1]
-        if self._batch.span is not None:
-            pages = cache[self._batch.span]
-        else:
-            pages = cache.index_select(0, self._batch.table(cache.device).flatten())
-        rows = pages.view(batch, -1, *cache.shape[2:])
+    def _write(self, before: int, *states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New keys and values to the slots of the step; returns the pages of both."""
+        pool, batch = self._batch.pages.pool, self._batch
+        with pool.lock:  # while pages move to larger memory nobody writes to the old
+            caches = pool.room(self.index, *states)
+            for cache, new in zip(caches, states, strict=True):
+                if batch.first is not None:
+                    self._span(cache, batch.first, before).copy_(new)
+                else:
+                    one = new.shape[2] == 1
+                    rows = new[:, :, 0] if one else new.transpose(1, 2).flatten(0, 1)
+                    slots = batch.slots(new.device)
+                    cache.flatten(0, 1).index_copy_(0, slots, rows.to(cache.dtype))
+        return caches
+
+    def _tokens(self, cache: torch.Tensor) -> torch.Tensor:
+        """``[B, H, n, d]``: all of them."""
+        batch = self._batch
+        if batch.first is not None:
+            return self._span(cache, batch.first, 0)
+        pages = cache.index_select(0, batch.table(cache.device).flatten())
+        rows = pages.view(len(batch.sequences), -1, *cache.shape[2:])
         return rows[:, : self.length].transpose(1, 2)
+
+    def _span(self, cache: torch.Tensor, page: int, token: int) -> torch.Tensor:
+        """``[1, H, n, d]``: tokens from ``token`` on, of pages that lie side by side from ``page`` on."""
+        _, size, H, d = cache.shape
+        start = cache.storage_offset() + (page * size + token) * H * d
+        return cache.as_strided((1, H, self.length - token, d), (0, d, H * d, 1), start)
+
+    def _snapshot(self, name: str) -> torch.Tensor:
+        """As ``_tokens``, in memory of its own."""
+        return self._tokens(getattr(self._batch.pages.pool, name)[self.index]).clone()
 
     def attend(self, query: torch.Tensor, scale: float | None, causal: bool) -> torch.Tensor:
         """``[B, m, Hq, d]`` of the last m tokens."""
@@ -317,7 +347,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: pages where there are some and no mask, else SDPA."""
-    layer: PagedLayer | None = getattr(key, "_mmkernels_layer", None)
+    layer: Any = getattr(key, "_mmkernels_layer", None)  # a PagedLayer
     if layer is not None and attention_mask is None and layer.attends:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         return layer.attend(query, scaling, causal), None

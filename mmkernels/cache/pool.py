@@ -114,18 +114,11 @@ class Pages:
             self._owners[page] -= 1
             return new
 
-    def write(
-        self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        """Rows ``[T, kv_heads, head_dim]`` to slots ``[T]`` of one layer."""
-        with self.lock:  # while pages move to larger memory nobody writes to the old
-            for caches, rows in ((self.key_cache, key), (self.value_cache, value)):
-                caches[layer] = self._with_room(caches[layer], rows)
-                caches[layer].flatten(0, 1)[slots] = rows.to(caches[layer].dtype)
-
-    def _with_room(self, cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """What ``rows`` are written to: one layer's keys or values."""
-        return cache
+    def room(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's pages for keys and for values such as these: of all pages, written under ``lock``."""
+        return self.key_cache[layer], self.value_cache[layer]
 
     def _copy(self, page: int, new: int) -> None:
         """What is in ``page`` to ``new``, in all layers."""
@@ -183,9 +176,9 @@ class PagePool(Pages):
 class LayerwisePages(Pages):
     """Pages whose layers take shape, dtype and device of the keys and of the values they are first given.
 
-    ``num_pages`` at most; None: as many as are asked for. Then a layer's pages move to larger memory when the pages in
-    use are a quarter more. ``key_cache[i]`` and ``value_cache[i]`` are ``[pages, page_size, kv_heads, head_dim]``, of no
-    pages before layer i is written. Tables are made on the CPU.
+    ``num_pages`` at most. None: a quarter more whenever there are too few, and each layer moves to larger memory when
+    it is next written. ``key_cache[i]`` and ``value_cache[i]`` are ``[pages, page_size, kv_heads, head_dim]``, empty
+    before layer i is written. Tables are made on the CPU.
     """
 
     key_cache: list[torch.Tensor]
@@ -211,15 +204,22 @@ class LayerwisePages(Pages):
                 self._free[:0] = reversed(range(old, self.num_pages))
             super().reserve(n)
 
-    def _with_room(self, cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """All pages, of a dtype that holds what is there and the rows."""
-        there = len(cache)
-        dtype = torch.promote_types(cache.dtype, rows.dtype) if there else rows.dtype
-        if there == self.num_pages and cache.dtype == dtype:
+    def room(
+        self, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for caches, states in ((self.key_cache, key), (self.value_cache, value)):
+            caches[layer] = self._with_room(caches[layer], states)
+        return self.key_cache[layer], self.value_cache[layer]
+
+    def _with_room(self, cache: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """All pages, of a dtype that holds what is there and ``[B, H, n, d]`` more."""
+        there = cache.shape[0]
+        dtype = torch.promote_types(cache.dtype, states.dtype) if there else states.dtype
+        if cache.dim() == 4 and there == self.num_pages and cache.dtype == dtype:
             return cache
-        shape = (self.num_pages, self.page_size, *rows.shape[1:])
+        shape = (self.num_pages, self.page_size, states.shape[1], states.shape[3])
         with torch.inference_mode(False):  # written in and out of inference mode
-            larger = torch.empty(shape, dtype=dtype, device=rows.device)
+            larger = torch.empty(shape, dtype=dtype, device=states.device)
         if there:
             larger[:there] = cache
         return larger
@@ -227,6 +227,6 @@ class LayerwisePages(Pages):
     def _copy(self, page: int, new: int) -> None:
         for caches in (self.key_cache, self.value_cache):
             for i, cache in enumerate(caches):
-                if len(cache):
-                    caches[i] = self._with_room(cache, cache[0, :1])
+                if cache.dim() == 4:
+                    caches[i] = self._with_room(cache, cache[:0].transpose(1, 2))
                     caches[i][new] = caches[i][page]

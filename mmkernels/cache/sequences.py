@@ -108,6 +108,22 @@ class PagedKVCache:
 
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> Appended:
         """Room for ``counts[i]`` new tokens of ``sequences[i]``: new pages, a copy of a last page others own too."""
+        self.extend(sequences, counts)
+        found = self._distinct(sequences)
+        size, device = self.pool.page_size, self.pool.device
+        slots: list[int] = []
+        positions: list[int] = []
+        for s, count in zip(found, counts, strict=True):
+            at = range(s.length - count, s.length)
+            slots += [s.pages[i // size] * size + i % size for i in at]
+            positions += range(s.next_position - count, s.next_position)
+        return Appended(
+            torch.tensor(slots, dtype=torch.int64, device=device),
+            torch.tensor(positions, dtype=torch.int64, device=device),
+        )
+
+    def extend(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
+        """As ``append``, without the tensors."""
         found = self._distinct(sequences)
         if len(counts) != len(found) or min(counts, default=0) < 0:
             raise ValueError(
@@ -117,26 +133,15 @@ class PagedKVCache:
         pages = [
             -(-(s.length + n) // size) - len(s.pages) for s, n in zip(found, counts, strict=True)
         ]
-        slots: list[int] = []
-        positions: list[int] = []
         with self.pool.lock:  # nobody takes the pages between the check and this
             self._check_room(found, counts, sum(pages))
             for s, count, more in zip(found, counts, pages, strict=True):
                 if count and s.length % size:
                     s.pages[-1] = self.pool.writable(s.pages[-1])
-                s.pages += self.pool.alloc(more)
-        for s, count in zip(found, counts, strict=True):
-            at = range(s.length, s.length + count)
-            slots += [s.pages[i // size] * size + i % size for i in at]
-            positions += range(s.next_position, s.next_position + count)
-            s.length += count
-            s.next_position += count
-        return Appended(
-            *(
-                torch.tensor(x, dtype=torch.int64, device=self.pool.device)
-                for x in (slots, positions)
-            )
-        )
+                if more:
+                    s.pages += self.pool.alloc(more)
+                s.length += count
+                s.next_position += count
 
     def _check_room(self, found: list[_Sequence], counts: Sequence[int], new: int) -> None:
         """Of several that own a page and all write to it, all but the last owner need a copy."""

@@ -197,7 +197,7 @@ class PagedLayer(DynamicLayer):
     @property
     def keys(self) -> torch.Tensor | None:
         """``[B, H, n, d]`` of all tokens, as they are now."""
-        return self._snapshot("key_cache") if self.paged and self.length else self._keys
+        return self._snapshot("key_cache") if self._stored else self._keys
 
     @keys.setter
     def keys(self, keys: torch.Tensor | None) -> None:
@@ -207,12 +207,16 @@ class PagedLayer(DynamicLayer):
     @property
     def values(self) -> torch.Tensor | None:
         """``[B, H, n, d]`` of all tokens, as they are now."""
-        return self._snapshot("value_cache") if self.paged and self.length else self._values
+        return self._snapshot("value_cache") if self._stored else self._values
 
     @values.setter
     def values(self, values: torch.Tensor | None) -> None:
         self._leave_pages()
         self._values = values
+
+    @property
+    def _stored(self) -> bool:
+        return self.paged and self.is_initialized and bool(self._batch.sequences)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         paged, self.paged = self.paged, False
@@ -295,8 +299,10 @@ class PagedLayer(DynamicLayer):
         batch = self._batch
         if batch.first is not None:
             return self._span(cache, batch.first, 0)
-        pages = cache.index_select(0, batch.table(cache.device).flatten())
-        rows = pages.view(len(batch.sequences), -1, *cache.shape[2:])
+        used = -(-self.length // cache.shape[1])  # of a layer left out of some steps, fewer
+        table = batch.table(cache.device)[:, :used]
+        pages = cache.index_select(0, table.flatten())
+        rows = pages.view(len(batch.sequences), used * cache.shape[1], *cache.shape[2:])
         return rows[:, : self.length].transpose(1, 2)
 
     def _span(self, cache: torch.Tensor, page: int, token: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ needed (no padding; a prompt or one token): ``paged_attention`` reads the pages.
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,7 +29,7 @@ class PagedCache(DynamicCache):
 
     A layer that is given other tokens than the rest (an image's keys, for cross-attention), or keys with a gradient,
     keeps them as a ``DynamicLayer`` does. ``copy.deepcopy`` forks the sequences: pages are shared until one of them is
-    written. ``gather=False``: the layers hand out only the new keys and values, for a model whose attention is ours.
+    written. ``gather=False``: nothing is gathered before it is read, for a model whose attention is ours.
     """
 
     layers: Any  # of ``PagedLayer``
@@ -242,8 +243,8 @@ class PagedLayer(DynamicLayer):
         before, self.length = self.length, self.length + new
         caches = self._write(before, key_states, value_states)
         if not self.gather:
-            key_states._mmkernels_layer = self  # type: ignore[attr-defined]
-        if not self.gather or before == 0:
+            return InPages.of(self, key_states, 0), InPages.of(self, value_states, 1)
+        if before == 0:
             return key_states, value_states
         key, value = map(self._tokens, caches)
         if key.dtype == key_states.dtype and value.dtype == value_states.dtype:
@@ -311,6 +312,11 @@ class PagedLayer(DynamicLayer):
         start = cache.storage_offset() + (page * size + token) * H * d
         return cache.as_strided((1, H, self.length - token, d), (0, d, H * d, 1), start)
 
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, ``[B, H, n, d]``."""
+        pool = self._batch.pages.pool
+        return self._tokens(pool.key_cache[self.index]), self._tokens(pool.value_cache[self.index])
+
     def _snapshot(self, name: str) -> torch.Tensor:
         """As ``_tokens``, in memory of its own."""
         return self._tokens(getattr(self._batch.pages.pool, name)[self.index]).clone()
@@ -342,6 +348,30 @@ class PagedLayer(DynamicLayer):
         return self.length if self.paged else int(super().get_seq_length(*args))
 
 
+class InPages(torch.Tensor):
+    """Keys (0) or values (1) of a layer, gathered when anything but ``attention`` reads them."""
+
+    layer: PagedLayer
+    which: int
+
+    @classmethod
+    def of(cls, layer: PagedLayer, states: torch.Tensor, which: int) -> "InPages":
+        made: InPages = torch.Tensor._make_subclass(cls, states)
+        made.layer, made.which = layer, which
+        return made
+
+    def gathered(self) -> torch.Tensor:
+        return self.layer.tokens()[self.which]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def read(x: Any) -> Any:
+            return x.gathered() if isinstance(x, InPages) else x
+
+        args, kwargs = tree_map(read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -353,12 +383,12 @@ def attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: pages where there are some and no mask, else SDPA."""
-    layer: Any = getattr(key, "_mmkernels_layer", None)  # a PagedLayer
-    if layer is not None and attention_mask is None and layer.attends:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        return layer.attend(query, scaling, causal), None
-    if layer is not None:
-        key, value = layer.keys, layer.values
+    if isinstance(key, InPages):
+        layer = key.layer
+        if attention_mask is None and layer.attends:
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            return layer.attend(query, scaling, causal), None
+        key, value = layer.tokens()
     options = {"scaling": scaling, "is_causal": is_causal, **kwargs}
     found: tuple[torch.Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, **options

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("transformers")
 import transformers
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from mmkernels.cache import OutOfPages, PagePool
 from mmkernels.cache.hf import PagedCache
@@ -191,9 +192,11 @@ class Beside:
         n = self.batch
         rows = torch.tensor([r.randrange(n) for _ in range(r.choice((1, n)))])
         same = torch.tensor([r.randrange(n) for _ in range(n)])
+        resets = "reset" in vars(DynamicLayer)  # of earlier releases keeps the length
         name, argument = r.choice(
             [
-                ("crop", -r.randrange(4)), ("crop", 0), ("reorder_cache", same), ("reset", None),
+                ("crop", -r.randrange(4)), ("crop", 0), ("reorder_cache", same),
+                ("reset", None) if resets else ("crop", -1),
                 ("batch_select_indices", rows), ("batch_repeat_interleave", 2 if n < 4 else 1),
             ]
         )  # fmt: skip

@@ -77,16 +77,13 @@ class PagedCache(DynamicCache):
             layer.batch_repeat_interleave(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drops so many tokens, given as a negative number; a length to keep, where transformers takes one."""
-        DynamicLayer().crop(tokens_to_remove)  # raises where it does not
-        if tokens_to_remove > 0:
-            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
+        """Given a negative number, removes so many tokens; else what this transformers does."""
         for layer in self.layers:
             if layer.paged:
-                layer.length = max(0, layer.length + tokens_to_remove)
+                layer.length = _cropped(layer.length, tokens_to_remove)
             else:
                 layer.crop(tokens_to_remove)
-        self._batch.truncate(max(0, self._batch.length + tokens_to_remove))
+        self._batch.truncate(_cropped(self._batch.length, tokens_to_remove))
 
     def reset(self) -> None:
         """Gives all pages back; they serve the next call."""
@@ -95,11 +92,20 @@ class PagedCache(DynamicCache):
             layer.reset()
 
     def _select(self, rows: list[int]) -> None:
-        if self.sequences and rows != list(range(len(self.sequences))):
+        if self._batch.length and rows != list(range(len(self.sequences))):
             self._batch.select(rows)
 
     def _unpaged(self) -> list[Any]:
         return [layer for layer in self.layers if not layer.paged]
+
+
+def _cropped(length: int, argument: int) -> int:
+    """What ``DynamicLayer.crop`` leaves of a length: releases differ in positive numbers and in 0."""
+    layer = DynamicLayer()
+    layer.keys = layer.values = torch.empty(1, 1, length, 1, device="meta")
+    layer.is_initialized = True
+    layer.crop(argument)
+    return int(layer.get_seq_length())
 
 
 class _Batch:

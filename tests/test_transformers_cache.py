@@ -200,7 +200,8 @@ class Beside:
                 ("batch_select_indices", rows), ("batch_repeat_interleave", 2 if n < 4 else 1),
             ]
         )  # fmt: skip
-        if self.both[1].get_seq_length() == 0 and name.startswith(("batch", "reorder")):
+        layers = self.both[1].layers
+        if any(la.is_initialized and la.get_seq_length() == 0 for la in layers) and name != "reset":
             return  # a layer without tokens keeps its number of rows, the others do not
         for cache in self.both:
             getattr(cache, name)(*([] if argument is None else [argument]))

@@ -144,6 +144,8 @@ class InOrder(tf.Trainer):  # type: ignore[misc]
 @pytest.mark.parametrize("entry", some(known()))
 def test_trainer_sees_the_same_in_a_pack(entry: Entry) -> None:
     """The loss of one pack of four is the mean over the tokens of the four one by one."""
+    if entry.name == "Emu3":
+        pytest.skip("BatchNorm in its image tokenizer: statistics of a batch, packed or padded")
     rows, start = samples(entry), entry.build()
     collate = PackingCollator(start.config)
 
@@ -154,7 +156,9 @@ def test_trainer_sees_the_same_in_a_pack(entry: Entry) -> None:
                 learning_rate=0.0, save_strategy="no", logging_steps=1, remove_unused_columns=False,
                 disable_tqdm=True,
             )  # fmt: skip
-            trainer = InOrder(copy.deepcopy(start), settings, train_dataset=rows, data_collator=collate)
+            trainer = InOrder(
+                copy.deepcopy(start), settings, train_dataset=rows, data_collator=collate
+            )
             trainer.train()
             return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
@@ -205,7 +209,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "blip-2": (lambda: shrink(tf.Blip2Config()), "a mask of ones"),
     "instructblip": (lambda: shrink(tf.InstructBlipConfig()), "a mask of ones"),
     "paligemma": (lambda: shrink(tf.PaliGemmaConfig()), "its prefix attends in both directions"),
-    "lfm2": (lambda: tf.Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"]), r"layers of \['conv'\]"),
+    "lfm2": (lambda: tf.Lfm2Config(num_hidden_layers=1, layer_types=["conv"]), r"layers of \['conv'\]"),
     "lfm2_vl": (lambda: tf.Lfm2VlConfig(), "cannot be packed|not among"),
     "lfm3_vl": (lambda: tf.Lfm3VlConfig(), "cannot be packed"),
     "mamba": (lambda: tf.MambaConfig(), "cannot be packed|not among"),

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """PagedCache in transformers' generate: the tokens and logits DynamicCache gives, and no page is lost."""
 
+import copy
+import pickle
+import random
+import threading
 from typing import Any
 
 import pytest
@@ -9,9 +13,11 @@ import torch
 pytest.importorskip("transformers")
 import transformers
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
-from mmkernels.cache import OutOfPages
+from mmkernels.cache import OutOfPages, PagePool
 from mmkernels.cache.hf import PagedCache
+from mmkernels.cache.pool import LayerwisePages
 from mmkernels.testing import which_kernel_ran
 
 VOCAB = 99
@@ -153,3 +159,241 @@ def test_sliding_windows_are_refused() -> None:
     config = transformers.Gemma3TextConfig(num_hidden_layers=2, layer_types=kinds)
     with pytest.raises(ValueError, match="every layer must be full_attention"):
         PagedCache.from_config(config, 4)
+
+
+LAYERS = ((2, 8, 8), (1, 6, 4), (2, 8, 8))  # heads, width of a key, of a value
+
+
+class Beside:
+    """A ``PagedCache`` and a ``DynamicCache`` that are told the same."""
+
+    def __init__(self, paged: PagedCache, dynamic: DynamicCache) -> None:
+        self.both = paged, dynamic
+
+    def step(self, r: random.Random, g: torch.Generator) -> None:
+        """New tokens to all layers; now and then to one of them others, or none, as cross-attention has it."""
+        new = r.choice((1, 1, 1, 3, 9))
+        for i, (heads, d_key, d_value) in enumerate(LAYERS):
+            count = r.choice((new, new, new, new, 5, 0)) if i == 2 else new
+            if count == 0:
+                continue
+            key, value = (
+                torch.randn(self.batch, heads, count, d, generator=g) for d in (d_key, d_value)
+            )
+            paged, dynamic = (cache.update(key, value, i) for cache in self.both)
+            assert all(torch.equal(a, b) for a, b in zip(paged, dynamic, strict=True))
+
+    @property
+    def batch(self) -> int:
+        keys = self.both[1].layers[0].keys
+        return 2 if keys is None or keys.dim() < 4 else len(keys)
+
+    def change(self, r: random.Random) -> None:
+        n = self.batch
+        rows = torch.tensor([r.randrange(n) for _ in range(r.choice((1, n)))])
+        same = torch.tensor([r.randrange(n) for _ in range(n)])
+        resets = "reset" in vars(DynamicLayer)  # of earlier releases keeps the length
+        name, argument = r.choice(
+            [
+                ("crop", -r.randrange(4)), ("crop", 0), ("reorder_cache", same),
+                ("reset", None) if resets else ("crop", -1),
+                ("batch_select_indices", rows), ("batch_repeat_interleave", 2 if n < 4 else 1),
+            ]
+        )  # fmt: skip
+        layers = self.both[1].layers
+        if any(la.is_initialized and la.get_seq_length() == 0 for la in layers) and name != "reset":
+            return  # a layer without tokens keeps its number of rows, the others do not
+        for cache in self.both:
+            getattr(cache, name)(*([] if argument is None else [argument]))
+
+    def check(self) -> None:
+        paged, dynamic = self.both
+        assert [la.get_seq_length() for la in paged.layers] == [
+            la.get_seq_length() for la in dynamic.layers
+        ]
+        assert len(paged) == len(dynamic) and paged.is_initialized == dynamic.is_initialized
+        for ours, theirs in zip(paged, dynamic, strict=True):
+            for a, b in zip(ours[:2], theirs[:2], strict=True):
+                assert (a is None) == (b is None)
+                assert a is None or (a.shape == b.shape and torch.equal(a, b))
+
+    def copied(self) -> "Beside":
+        return Beside(*copy.deepcopy(self.both))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_calls_give_what_a_dynamic_cache_holds(seed: int) -> None:
+    r, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    pool = LayerwisePages(None, 4, len(LAYERS))
+    dynamic = DynamicCache(config=llama().config)
+    caches = [Beside(PagedCache(pool), dynamic)]
+    for _ in range(150):
+        cache = r.choice(caches)
+        cache.step(r, g)
+        if r.random() < 0.3:
+            cache.change(r)
+        if r.random() < 0.1:
+            caches.append(cache.copied())
+        if len(caches) > 4:
+            del caches[r.randrange(len(caches))]
+        for c in caches:
+            c.check()
+    del cache, c
+    caches.clear()
+    assert pool.num_free == pool.num_pages > 0
+
+
+def step(cache: Any, new: int, batch: int = 1, seed: int = 0, **kind: Any) -> torch.Tensor:
+    """The same keys and values for two layers; what one of them hands out."""
+    g = torch.Generator().manual_seed(seed)
+    states = torch.randn(batch, 2, new, 8, generator=g).to(**kind)
+    cache.update(states, states, 0)
+    keys: torch.Tensor = cache.update(states, states, 1)[0]
+    return keys
+
+
+def test_a_layer_told_to_change_alone_is_a_dynamic_layer() -> None:
+    both = PagedCache(LayerwisePages(None, 4, 2)), DynamicCache()
+    for cache in both:
+        step(cache, 9, batch=2)
+        cache.layers[1].crop(-3)
+        cache.layers[0].reorder_cache(torch.tensor([1, 1]))
+        cache.update(*[torch.ones(2, 2, 1, 8)] * 2, 1)
+        cache.layers[0].keys = cache.layers[0].keys + 1
+        step(cache, 1, batch=2)
+    for ours, theirs in zip(*both, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_copies_share_pages_and_give_them_back() -> None:
+    pool = LayerwisePages(8, 4, 2)
+    cache = PagedCache(pool)
+    step(cache, 14)
+    assert pool.num_free == 4
+    copies = [copy.deepcopy(cache) for _ in range(3)]
+    assert pool.num_free == 4
+    before = cache.layers[0].keys
+    for i, copied in enumerate(copies):
+        step(copied, 2, seed=i + 1)
+    assert pool.num_free == 1  # the last page, once for each
+    assert torch.equal(cache.layers[0].keys, before)
+    assert not torch.equal(copies[0].layers[1].values, copies[1].layers[1].values)
+    del copies, copied
+    assert pool.num_free == 4
+    for i in range(20):
+        step(copy.deepcopy(cache), 9, seed=i)
+    assert pool.num_free == 4
+    del cache
+    assert pool.num_free == 8
+
+
+def test_a_pool_is_not_copied() -> None:
+    pool = PagePool(4, 4, 1, 2, 8, torch.float32)
+    for call in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="PagePool: cannot be copied or pickled"):
+            call(pool)
+
+
+def test_a_pool_without_room_changes_nothing() -> None:
+    for pool in (PagePool(3, 4, 2, 2, 8, torch.float32), LayerwisePages(3, 4, 2)):
+        cache = PagedCache(pool)
+        with pytest.raises(OutOfPages, match="4 pages requested, 3 are free"):
+            step(cache, 5, batch=2)
+        step(cache, 12)  # of another batch
+        before = cache.layers[0].keys
+        with pytest.raises(OutOfPages, match="1 pages requested, 0 are free"):
+            step(cache, 1)
+        assert cache.get_seq_length() == 12 and torch.equal(cache.layers[0].keys, before)
+        with pytest.raises(ValueError, match="holds 1 sequences, got 2"):
+            step(cache, 1, batch=2)
+        cache.reset()
+        with pytest.raises(
+            ValueError, match=r"key_cache\[0\] holds heads of \[2, 8\], got \[2, 4\]"
+        ):
+            cache.update(*[torch.zeros(1, 2, 1, 4)] * 2, 0)
+        assert pool.num_free == 3
+
+
+def test_pages_grow_by_a_quarter() -> None:
+    pool = LayerwisePages(None, 4, 2)
+    cache = PagedCache(pool)
+    step(cache, 400)
+    assert pool.num_pages == 100
+    for i in range(40):
+        step(cache, 1, seed=i)
+        used = pool.num_pages - pool.num_free
+        assert used == -(-cache.get_seq_length() // 4) and pool.num_pages <= 1.25 * used
+        assert all(len(c) == pool.num_pages for c in pool.key_cache + pool.value_cache)
+
+
+def test_keys_of_two_dtypes() -> None:
+    """As ``torch.cat`` has it; a pool of one dtype hands out that of the keys."""
+    both = PagedCache(LayerwisePages(None, 4, 2)), DynamicCache()
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        for cache in both:
+            step(cache, 3, seed=2, dtype=dtype)
+        for ours, theirs in zip(*both, strict=True):
+            assert ours[0].dtype == theirs[0].dtype and torch.equal(ours[0], theirs[0])
+    half = PagedCache(PagePool(4, 4, 2, 2, 8, torch.bfloat16))
+    step(half, 3)
+    assert step(half, 1).dtype == torch.float32 and half.layers[0].keys.dtype == torch.bfloat16
+
+
+def test_in_and_out_of_inference_mode() -> None:
+    both = PagedCache(LayerwisePages(None, 4, 2)), DynamicCache()
+    for cache in both:
+        with torch.inference_mode():
+            step(cache, 9)
+        step(cache, 9, seed=1)
+        with torch.inference_mode():
+            step(cache, 9, seed=2)
+    assert torch.equal(both[0].layers[0].keys, both[1].layers[0].keys)
+
+
+def test_keys_with_a_gradient_keep_it() -> None:
+    grads = []
+    for cache in (PagedCache(LayerwisePages(None, 4, 2)), DynamicCache()):
+        step(cache, 9)
+        x = torch.ones(1, 2, 3, 8, requires_grad=True)
+        for _ in range(2):
+            key, _ = cache.update(x, x, 0)
+        key.square().sum().backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+    assert torch.equal(*grads)
+
+
+def test_copies_in_threads() -> None:
+    """Pages move to larger memory while others are written: no row is lost."""
+    cache = PagedCache(LayerwisePages(None, 4, 2))
+    step(cache, 10)
+    copies = [copy.deepcopy(cache) for _ in range(4)]
+
+    def work(i: int) -> None:
+        for n in range(60):
+            step(copies[i], 1, seed=100 * i + n)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i, copied in enumerate(copies):
+        alone = DynamicCache()
+        step(alone, 10)
+        for n in range(60):
+            step(alone, 1, seed=100 * i + n)
+        assert torch.equal(copied.layers[1].values, alone.layers[1].values)
+
+
+def test_one_prompt_and_many_questions() -> None:
+    """The recipe of transformers' guide: fill a cache once, copy it for each question."""
+    model, prompt = llama(), torch.arange(3, 33)[None]
+    answers = []
+    for cache in (PagedCache.from_config(model.config), DynamicCache()):
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+        for question in ([40, 41], [42, 43, 44]):
+            ids = torch.cat([prompt, torch.tensor([question])], 1)
+            answers.append(generated(model, {"input_ids": ids}, copy.deepcopy(cache)).sequences)
+    assert torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequences over a pool of pages: which pages each has, how far they are filled, which of them several share."""
 
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from mmkernels.cache.pool import OutOfPages, PagePool
+from mmkernels.cache.pool import Pages
 from mmkernels.ops.compact_kv import compact_kv
 
 
@@ -33,17 +34,30 @@ class _Sequence:
     length: int = 0
     next_position: int = 0
 
+    def copy(self) -> "_Sequence":
+        return _Sequence(list(self.pages), self.length, self.next_position)
+
 
 class PagedKVCache:
     """Sequences by number, each with its pages of ``pool``. A call that raises has changed nothing.
 
-    A token's position and its slot part ways when tokens are dropped: ``next_position`` goes on where it was.
+    A token's position and its slot part ways when tokens are dropped: ``next_position`` goes on where it was. A deep
+    copy has forks of all sequences, under the same numbers. When the object goes, its pages are let go of.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: Pages) -> None:
         self.pool = pool
         self._sequences: dict[int, _Sequence] = {}
         self._next = 0
+        weakref.finalize(self, _leave, pool, self._sequences).atexit = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PagedKVCache":
+        copied = PagedKVCache(self.pool)
+        copied._next = self._next
+        for number, s in self._sequences.items():
+            self.pool.share(s.pages)
+            copied._sequences[number] = s.copy()
+        return copied
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -56,7 +70,7 @@ class PagedKVCache:
         """A new sequence with the same tokens, in the same pages: whoever writes to one first gets a copy."""
         old = self._of(sequence)
         self.pool.share(old.pages)
-        return self._insert(_Sequence(list(old.pages), old.length, old.next_position))
+        return self._insert(old.copy())
 
     def free(self, sequence: int) -> None:
         """Forgets it and lets go of its pages."""
@@ -94,6 +108,22 @@ class PagedKVCache:
 
     def append(self, sequences: Sequence[int], counts: Sequence[int]) -> Appended:
         """Room for ``counts[i]`` new tokens of ``sequences[i]``: new pages, a copy of a last page others own too."""
+        self.extend(sequences, counts)
+        found = self._distinct(sequences)
+        size, device = self.pool.page_size, self.pool.device
+        slots: list[int] = []
+        positions: list[int] = []
+        for s, count in zip(found, counts, strict=True):
+            at = range(s.length - count, s.length)
+            slots += [s.pages[i // size] * size + i % size for i in at]
+            positions += range(s.next_position - count, s.next_position)
+        return Appended(
+            torch.tensor(slots, dtype=torch.int64, device=device),
+            torch.tensor(positions, dtype=torch.int64, device=device),
+        )
+
+    def extend(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
+        """As ``append``, without the tensors."""
         found = self._distinct(sequences)
         if len(counts) != len(found) or min(counts, default=0) < 0:
             raise ValueError(
@@ -103,24 +133,15 @@ class PagedKVCache:
         pages = [
             -(-(s.length + n) // size) - len(s.pages) for s, n in zip(found, counts, strict=True)
         ]
-        self._check_room(found, counts, sum(pages))
-        slots: list[int] = []
-        positions: list[int] = []
-        for s, count, more in zip(found, counts, pages, strict=True):
-            if count and s.length % size:
-                s.pages[-1] = self.pool.writable(s.pages[-1])
-            s.pages += self.pool.alloc(more)
-            at = range(s.length, s.length + count)
-            slots += [s.pages[i // size] * size + i % size for i in at]
-            positions += range(s.next_position, s.next_position + count)
-            s.length += count
-            s.next_position += count
-        return Appended(
-            *(
-                torch.tensor(x, dtype=torch.int64, device=self.pool.device)
-                for x in (slots, positions)
-            )
-        )
+        with self.pool.lock:  # nobody takes the pages between the check and this
+            self._check_room(found, counts, sum(pages))
+            for s, count, more in zip(found, counts, pages, strict=True):
+                if count and s.length % size:
+                    s.pages[-1] = self.pool.writable(s.pages[-1])
+                if more:
+                    s.pages += self.pool.alloc(more)
+                s.length += count
+                s.next_position += count
 
     def _check_room(self, found: list[_Sequence], counts: Sequence[int], new: int) -> None:
         """Of several that own a page and all write to it, all but the last owner need a copy."""
@@ -129,8 +150,7 @@ class PagedKVCache:
             s.pages[-1] for s, n in zip(found, counts, strict=True) if n and s.length % size
         )
         copies = sum(min(n, self.pool.refcount(page) - 1) for page, n in writers.items())
-        if new + copies > self.pool.num_free:
-            raise OutOfPages(new + copies, self.pool.num_free)
+        self.pool.reserve(new + copies)
 
     def tables(self, sequences: Sequence[int], counts: Sequence[int] | None = None) -> Tables:
         """Tables for attention of the last ``counts[i]`` tokens of each (default 1).
@@ -209,6 +229,10 @@ class PagedKVCache:
         if len(set(sequences)) < len(sequences):
             raise ValueError(f"PagedKVCache: sequences must differ, got {list(sequences)}")
         return [self._of(s) for s in sequences]
+
+
+def _leave(pool: Pages, sequences: dict[int, _Sequence]) -> None:
+    pool.leave([page for s in sequences.values() for page in s.pages])
 
 
 _LEAST_SAVED = 256  # keys that are not read again: below, merging two parts of a row costs as much

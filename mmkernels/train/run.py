@@ -30,7 +30,7 @@ from mmkernels.models.lora import with_lora
 from mmkernels.train import checkpoint, distributed
 from mmkernels.train.evaluate import exact_match
 from mmkernels.train.sample import AnswerLoss, Sample
-from mmkernels.train.trainer import Schedule, Stream, Trainer, Training
+from mmkernels.train.trainer import Mean, Schedule, Stream, Trainer, Training
 
 LEARNS = {
     "pt": ("projectors", "output_projector"),
@@ -193,9 +193,8 @@ def choose(model: MMLLM, config: RunConfig) -> None:
         parameter.requires_grad_(part in parts and (whole or "lora_" in name))
 
 
-def _mean(step: AnswerLoss, batch: list[Sample]) -> torch.Tensor:
-    total, count = step(batch)
-    return total / max(1, count)
+def _mean(step: AnswerLoss, batch: list[Sample]) -> Mean:
+    return Mean(*step(batch))
 
 
 class Log:

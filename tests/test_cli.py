@@ -3,15 +3,18 @@
 
 import importlib
 import json
+import random
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tiny_models import tiny_config
 
 from mmkernels import OPS, bench, cli
@@ -61,6 +64,79 @@ def test_generate_takes_any_png(
     Image.new(mode, (300, 20)).save(tmp_path / "x.png")
     assert _generate(trained, tmp_path / "x.png") == 0
     assert capsys.readouterr().err == ""
+
+
+ORIENTATIONS = {  # from the upright picture to what lies in the file, by EXIF's number
+    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: lambda x: np.rot90(x, -1),
+}  # fmt: skip
+
+
+def _upright() -> np.ndarray:
+    """A picture of four corners, higher than wide, that no turn or reflection leaves alike."""
+    pixels = np.zeros((48, 32, 3), dtype=np.uint8)
+    pixels[:24, :16], pixels[:24, 16:], pixels[24:, :16] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    return pixels
+
+
+def _turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_pictures_are_read_upright(tmp_path: Path, kind: str, orientation: int) -> None:
+    upright, path = Image.fromarray(_upright()), tmp_path / f"x.{kind}"
+    upright.save(tmp_path / "upright.png")
+    lying = Image.fromarray(np.ascontiguousarray(ORIENTATIONS[orientation](_upright())))
+    lying.save(path, exif=_turned(orientation), quality=100, subsampling=0)
+    turned = np.asarray(ImageOps.exif_transpose(Image.open(path))).astype(int)
+    assert np.abs(turned - _upright()).max() <= (0 if kind == "png" else 4)  # the file says so
+    pixels, expected = read_image(path, 32), read_image(tmp_path / "upright.png", 32)
+    assert (pixels.int() - expected.int()).abs().max() <= (0 if kind == "png" else 4)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "I;16"])
+def test_pictures_of_every_mode_are_read_upright(tmp_path: Path, mode: str) -> None:
+    grey = Image.fromarray(_upright()).convert("L")
+    if mode == "I;16":
+        whole = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256)
+    else:
+        whole = grey.convert(mode)
+    whole.save(tmp_path / "upright.png")
+    whole.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=_turned(6))
+    expected = read_image(tmp_path / "upright.png", 32)
+    assert torch.equal(read_image(tmp_path / "x.png", 32), expected)
+    assert len(expected.unique()) > 1
+
+
+def test_16_bits_of_grey_are_read_as_8(tmp_path: Path) -> None:
+    """Their high bytes, as Pillow takes of colours; all but black was white."""
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 256 + 77).save(tmp_path / "16.png")
+    assert torch.equal(read_image(tmp_path / "16.png", 16), read_image(tmp_path / "8.png", 16))
+
+
+def test_a_damaged_exif_leaves_the_picture_readable(tmp_path: Path) -> None:
+    """As viewers do, also where Pillow's ``exif_transpose`` fails to write it anew."""
+    rng, path = random.Random(0), tmp_path / "x"
+    exif = _turned(6)
+    exif[ExifTags.Base.Make], exif[ExifTags.Base.XResolution] = "maker", (72, 1)
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"hello"
+    picture, whole = Image.fromarray(_upright()), exif.tobytes()
+    for i in range(300):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        cut = damaged[: rng.randrange(1, len(damaged))] if i % 5 == 0 else damaged
+        picture.save(path, "PNG" if i % 2 else "JPEG", exif=bytes(cut))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing on anybody's terminal
+            assert read_image(path, 16).shape == (3, 16, 16)
 
 
 def test_generate_takes_jpeg_and_unicode(trained: Path, picture: Path) -> None:

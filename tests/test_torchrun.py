@@ -31,12 +31,12 @@ def _losses(out: Path) -> list[float]:
 
 
 def test_two_processes_stop_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _yaml(tmp_path)
+    config = _yaml(tmp_path, accumulate=2)
     monkeypatch.setattr("mmkernels.train.trainer.fast_bf16", lambda: False)
     alone = run.train(run.read_config(config), tmp_path / "alone", Sums)
     _run(2, config, tmp_path / "whole")
     assert _losses(tmp_path / "whole") == pytest.approx(alone.losses, rel=1e-5)
-    assert _run(2, config, tmp_path / "cut", "5") != 0
+    assert _run(2, config, tmp_path / "cut", "10") != 0
     assert [p.name for p in (tmp_path / "cut").glob("step-*")] == ["step-00000004"]
     assert not list((tmp_path / "cut").rglob("*.distcp")) and len(_losses(tmp_path / "cut")) == 5
     with pytest.raises(checkpoint.CheckpointError, match="go on with torchrun"):

@@ -22,7 +22,7 @@ from mmkernels.models import MMLLM
 from mmkernels.models.config import GeneratorConfig, OutputProjectorConfig
 from mmkernels.train import checkpoint, digits, distributed, questions, run, stages, torchrun
 from mmkernels.train.sample import AnswerLoss, Sample
-from mmkernels.train.trainer import Schedule, Trainer
+from mmkernels.train.trainer import Mean, Schedule, Trainer
 
 CONFIG = tiny_config(32, queries=3, qformer_layers=1, decoder_layers=1)
 DRAWS = dataclasses.replace(
@@ -152,6 +152,57 @@ def test_a_step_of_several_batches_is_their_mean() -> None:
             torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-6)
 
 
+class Rows:
+    """Rows of text, so many a batch; two of them have nothing to be said."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.at = batch, 0
+
+    def __next__(self) -> list[stages.Row]:
+        said = (
+            "",
+            "",
+            "1",
+            "a long answer of many tokens",
+            "no",
+            "2",
+            "longer still, this one is",
+            "3",
+        )
+        self.at += self.batch
+        chosen = [(i, said[i]) for i in range(self.at - self.batch, self.at)]
+        return [(torch.tensor([5, 6, 7 + i]), list(text.encode())) for i, text in chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def test_every_token_of_a_step_counts_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the rows are cut into batches; the first two rows have no tokens, so 4 × 2 has a batch of none."""
+    monkeypatch.setattr("mmkernels.train.trainer.fast_bf16", lambda: False)
+
+    def step(batch: int, accumulate: int) -> tuple[float, torch.Tensor]:
+        model = start()
+        stages.learn_only(model, model.language_model)
+        loss_of = lambda rows: Mean(*stages.answer_total(model, rows, {})[:2])
+        schedule = Schedule(10, 1e-3, accumulate, clip=1e9)
+        trainer = Trainer(model, Rows(batch), loss_of, schedule)
+        loss = trainer.step()
+        grads = [p.grad for p in trainer.parameters.values() if p.grad is not None]
+        return loss, torch.cat([g.flatten() for g in grads])
+
+    loss, whole = step(8, 1)
+    for batch, accumulate in ((4, 2), (2, 4), (1, 8)):
+        cut, gradient = step(batch, accumulate)
+        assert cut == pytest.approx(loss, rel=1e-5), (batch, accumulate)
+        assert (gradient - whole).norm() <= 1e-5 * whole.norm(), (batch, accumulate)
+    nothing, gradient = step(2, 1)
+    assert nothing == 0 and not gradient.any()
+
+
 def test_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
     trainer = trainer_of(start())
     trainer.step()
@@ -250,7 +301,8 @@ class Sums:
         a, b = rng.randrange(5), rng.randrange(5)
         pixels = torch.full((3, 112, 112), 20 * a, dtype=torch.uint8)
         shown = Sample("grey", "<image>how grey?", str(a), (("image", pixels),))
-        return [Sample("sum", f"{a}+{b}?", str(a + b)), shown][: self.batch]
+        said = (1 + a) * str(a + b)  # answers of several lengths
+        return [Sample("sum", f"{a}+{b}?", said), shown][: self.batch]
 
     def state_dict(self) -> dict[str, Any]:
         return {"at": self.at}

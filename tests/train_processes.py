@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torchrun --nproc-per-node N tests/train_processes.py YAML OUT [STEP]``: a run by a file; STEP: dies there."""
+"""``torchrun --nproc-per-node N tests/train_processes.py YAML OUT [BATCH]``: a run by a file; BATCH: dies after it."""
 
 import os
 import sys

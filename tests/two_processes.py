@@ -26,7 +26,8 @@ def main(out: Path) -> None:
         losses = []
         for _ in range(5):
             # the second rank has no image
-            loss = distributed.mean_over_all(*step(_samples()[rank :: dist.get_world_size()]))
+            total, count = step(_samples()[rank :: dist.get_world_size()])
+            loss = torch.div(*distributed.mean_over_all(total, count))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

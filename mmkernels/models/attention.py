@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import mmkernels
 from mmkernels.cache import PagedKVCache
+from mmkernels.models.features import take_part
 
 Norms = tuple[torch.Tensor, torch.Tensor, float]  # weights of query's and key's RMSNorm, eps
 _WRITTEN_OUT = 384  # tokens: up to here SDPA's backward in 16 bits takes longer on CPU than GEMMs
@@ -69,7 +70,9 @@ class Packed:
         if len(self._batches) == 1 and bool(self._batches[0][1].all()):
             q, k, v = (x.unflatten(0, self._batches[0][0].shape) for x in (query, key, value))
             return _attend(q, k, v, self.causal, bias).flatten(0, 1)
-        outs, places = [query[:0]], [torch.arange(0, device=query.device)]
+        if not self._batches:
+            return take_part(query, key, value, *([] if bias is None else [bias]))
+        outs, places = list[torch.Tensor](), list[torch.Tensor]()
         for rows, real in self._batches:
             mixed = _attend(query[rows], key[rows], value[rows], self.causal, bias)
             outs.append(mixed[real])

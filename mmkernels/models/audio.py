@@ -11,7 +11,7 @@ from torch import nn
 
 from mmkernels.models.attention import Packed
 from mmkernels.models.config import AudioConfig
-from mmkernels.models.features import Features, join
+from mmkernels.models.features import Features, join, take_part
 from mmkernels.models.vision import EncoderBlock, patch_positions
 from mmkernels.nn import AudioPatchEmbed
 
@@ -54,13 +54,17 @@ class AudioEncoder(nn.Module):
             ValueError: A recording too short for one patch.
         """
         parts = [self._embed(item) for item in items]
-        features = join(parts) if parts else Features(self.norm.weight.new_empty(0, self.width), ())
+        features = join(parts) if parts else self._none()
         lengths = torch.tensor([0, *features.counts]).cumsum(0)
         recordings = Packed(lengths.int(), max(features.counts, default=0), causal=False)
         hidden_states = features.tokens
         for layer in self.layers:
             hidden_states = layer(hidden_states, recordings)
         return features._replace(tokens=self.norm(hidden_states))
+
+    def _none(self) -> Features:
+        tokens = self.norm.weight.new_empty(0, self.width)
+        return Features(take_part(tokens, *self.patch_embed.parameters()), ())
 
     def _embed(self, waveform: torch.Tensor) -> Features:
         c = self.config

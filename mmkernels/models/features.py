@@ -40,6 +40,17 @@ def select(features: Features, items: Iterable[int]) -> Features:
     return features._replace(tokens=tokens, grids=tuple(features.grids[i] for i in items))
 
 
+def take_part(tokens: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """The same tokens; ``others``, of which nothing is used, get a gradient of zeros.
+
+    For what a batch without media leaves out. FSDP adds gradients of all processes: each must have those of the same
+    parameters.
+    """
+    if not torch.is_grad_enabled():
+        return tokens
+    return tokens + sum(x.flatten()[:0].sum().to(tokens.dtype) for x in others)
+
+
 def padded(
     tokens: torch.Tensor, lengths: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmkernels.models.config import DecoderConfig
+from mmkernels.models.features import take_part
 
 
 class Media(NamedTuple):
@@ -62,7 +63,9 @@ class GatedCrossAttention(nn.Module):
 
     def _attend(self, hidden_states: torch.Tensor, media: Media) -> torch.Tensor:
         if not media.features.shape[0]:
-            return torch.zeros_like(hidden_states)
+            layers = (self.norm, self.to_q, self.to_kv, self.to_out)
+            unused = [p for layer in layers for p in layer.parameters()]
+            return take_part(torch.zeros_like(hidden_states), media.features, *unused)
         heads = lambda x: x.unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
         query = heads(self.to_q(self.norm(hidden_states)))
         key, value = (heads(x) for x in self.to_kv(media.features).chunk(2, -1))

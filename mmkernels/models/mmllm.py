@@ -187,14 +187,13 @@ class MMLLM(nn.Module):
         """What gated layers read: a token sees the last medium before it."""
         if not self.config.decoder.gated_layers:
             return None
-        if not features:  # the layers' feed-forward parts still run, as for a sample beside others that have media
-            none = self.language_model.model.embed_tokens.weight.new_empty(
-                0, self.config.decoder.feature_width
-            )
-            return Media(none, none.new_empty(len(plan.input_ids), 0, dtype=torch.bool))
-        if len(features) > 1:
-            raise ValueError(f"gated layers read one modality, got {sorted(features)}")
-        ((modality, found),) = features.items()
+        brought = {m: f for m, f in features.items() if f.grids}
+        if len(brought) > 1:
+            raise ValueError(f"gated layers read one modality, got {sorted(brought)}")
+        tokens = self._read(brought, features)
+        if not brought:  # the layers' feed-forward parts still run, as for a sample beside others that have media
+            return Media(tokens, tokens.new_empty(len(plan.input_ids), 0, dtype=torch.bool))
+        ((modality, found),) = brought.items()
         lengths, counts = (
             plan.cu_seqlens.diff().long(),
             torch.tensor(found.counts, dtype=torch.int64),
@@ -207,7 +206,15 @@ class MMLLM(nn.Module):
         )
         of_medium = sample[begins], before[begins]
         rows = [torch.repeat_interleave(x, counts) for x in of_medium]
-        return Media(found.tokens, last_medium(sample, before, *rows))
+        return Media(tokens, last_medium(sample, before, *rows))
+
+    def _read(self, brought: dict[str, Features], features: dict[str, Features]) -> torch.Tensor:
+        """The tokens that were brought, and of the other modalities none: these learn nothing, but take part."""
+        tokens = [f.tokens for f in (brought | features).values()]
+        if not tokens:
+            weight = self.language_model.model.embed_tokens.weight
+            return weight.new_empty(0, self.config.decoder.feature_width)
+        return torch.cat([x.to(tokens[0].dtype) for x in tokens]) if tokens[1:] else tokens[0]
 
 
 def _check_media(

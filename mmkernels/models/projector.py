@@ -15,7 +15,7 @@ import mmkernels
 from mmkernels.models import config as c
 from mmkernels.models.attention import Packed
 from mmkernels.models.decoder import SwiGLU as GatedMLP
-from mmkernels.models.features import Features, padded
+from mmkernels.models.features import Features, padded, take_part
 from mmkernels.models.vision import EncoderBlock, patch_positions, sincos
 from mmkernels.nn import CrossAttention, PerceiverResampler
 from mmkernels.nn import QFormer as QFormerLayers
@@ -215,8 +215,9 @@ class Wrap(nn.Module):
     def forward(self, features: Features) -> Features:
         first, last = self.ends.to(features.tokens.dtype).split(1)
         parts = features.tokens.split(features.counts)
-        rows = [x for item in parts for x in (first, item, last)] or [features.tokens]
-        return Features(torch.cat(rows), tuple((1, 1, n + 2) for n in features.counts))
+        rows = [x for item in parts for x in (first, item, last)]
+        tokens = torch.cat(rows) if rows else take_part(features.tokens, self.ends)
+        return Features(tokens, tuple((1, 1, n + 2) for n in features.counts))
 
 
 class Transformer(nn.Module):
@@ -299,7 +300,10 @@ class Resampler(nn.Module):
             read = self.resampler(torch.stack([frames[i] for i in mine]), grid)
             for i, tokens in zip(mine, read, strict=True):
                 out[i] = tokens
-        tokens = torch.cat(out) if out else features.tokens.new_empty(0, self.width)
+        if not out:
+            none = features.tokens.new_empty(0, self.width)
+            return Features(take_part(none, features.tokens, *self.parameters()), ())
+        tokens = torch.cat(out)
         return Features(tokens, tuple((t, 1, self.num_queries) for t, _, _ in features.grids))
 
 

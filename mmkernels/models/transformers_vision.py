@@ -41,10 +41,19 @@ class TransformersVision(nn.Module):
         frames = [item if item.dim() == 4 else item[None] for item in items]
         grids = tuple((len(f), self.side, self.side) for f in frames)
         prefix = int(hasattr(self.model.embeddings, "class_embedding"))
-        if not frames:
+        if not frames and not torch.is_grad_enabled():
             return Features(self.model.embeddings.position_embedding.weight[:0], (), prefix)
-        out = self.model(torch.cat(frames), output_hidden_states=True)
-        return Features(out.hidden_states[self.layer].flatten(0, 1), grids, prefix)
+        out = self.model(torch.cat(frames or [self._blank()]), output_hidden_states=True)
+        tokens = out.hidden_states[self.layer].flatten(0, 1)
+        return Features(tokens if frames else tokens[:0], grids, prefix)
+
+    def _blank(self) -> torch.Tensor:
+        """A picture of which nothing is kept: the layers before ``layer`` still get a gradient, of zeros."""
+        weight, side = (
+            self.model.embeddings.position_embedding.weight,
+            self.model.embeddings.image_size,
+        )
+        return torch.zeros(1, 3, side, side, dtype=torch.uint8, device=weight.device)
 
 
 class Embeddings(nn.Module):

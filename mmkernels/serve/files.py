@@ -22,7 +22,9 @@ FIELDS = ("id", "prompt", "image", "video", "audio", "max_new_tokens")
 
 
 def read_image(path: Path, side: int) -> torch.Tensor:
-    """Any PNG or JPEG as ``[3, side, side]`` uint8; the size is checked before pixels are decoded.
+    """Any PNG or JPEG as ``[3, side, side]`` uint8, upright as its EXIF says; transparency is dropped.
+
+    The size is checked before pixels are decoded.
 
     Raises:
         RequestError: Missing, unreadable, too large, truncated or corrupt; names the file.
@@ -30,17 +32,17 @@ def read_image(path: Path, side: int) -> torch.Tensor:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=("PNG", "JPEG")) as image:
-            warnings.simplefilter("ignore")
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise RequestError(
-                    f"{path}: {width}×{height} pixels, at most {MAX_PIXELS} are read"
-                )
-            image.load()
-            pixels = np.asarray(
-                image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # opening reads the EXIF, too
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise RequestError(
+                        f"{path}: {width}×{height} pixels, at most {MAX_PIXELS} are read"
+                    )
+                image.load()
+                upright = _upright(_eight_bits(image)).convert("RGB")
+            pixels = np.asarray(upright.resize((side, side), Image.Resampling.BILINEAR))
     except UnidentifiedImageError:
         raise RequestError(f"{path}: not a PNG or JPEG, or its header is corrupt") from None
     except Image.DecompressionBombError as error:
@@ -52,6 +54,36 @@ def read_image(path: Path, side: int) -> torch.Tensor:
     except (SyntaxError, ValueError) as error:  # Pillow's words for a broken PNG
         raise RequestError(f"{path}: corrupt: {error}") from None
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def _eight_bits(image: Any) -> Any:
+    """The high bytes of 16 bits of grey, which ``convert`` would clip. Colours have 8 bits already."""
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    grey = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    grey.info = image.info  # its EXIF
+    return grey
+
+
+def _upright(image: Any) -> Any:
+    """Turned as its EXIF says. One that is damaged is ignored, as viewers do.
+
+    ``ImageOps.exif_transpose`` also writes the EXIF anew. That fails where a tag is damaged.
+    """
+    from PIL import ExifTags, Image
+
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }  # fmt: skip
+    try:
+        turn = turns.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises many kinds
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def read_audio(path: Path, sampling_rate: int) -> torch.Tensor:

@@ -37,6 +37,7 @@ from mmkernels.models.decoder import DecoderLayer
 from mmkernels.models.vision import EncoderBlock
 from mmkernels.train.checkpoint import CheckpointError, read_manifest, write_manifest
 from mmkernels.train.sample import AnswerLoss
+from mmkernels.train.trainer import Mean
 
 MANIFEST = "sharded.json"
 
@@ -77,11 +78,11 @@ def shard(step: AnswerLoss, recompute: bool = False) -> AnswerLoss:
     return step
 
 
-def mean_over_all(total: torch.Tensor, count: int) -> torch.Tensor:
+def mean_over_all(total: torch.Tensor, count: int) -> Mean:
     """A loss whose gradients, averaged over processes as FSDP does, are those of ``Σ total / Σ count``."""
-    counts = torch.tensor(float(count), device=total.device)
+    counts = torch.tensor(count, device=total.device)
     dist.all_reduce(counts)
-    return total * dist.get_world_size() / counts.clamp(min=1)
+    return Mean(total * dist.get_world_size(), int(counts))
 
 
 def save_sharded(directory: Path, model: MMLLM) -> None:

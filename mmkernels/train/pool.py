@@ -14,7 +14,7 @@ from mmkernels.models import MMLLM
 from mmkernels.train import mixture, stages
 from mmkernels.train.mixture import Mixture
 from mmkernels.train.sample import AnswerLoss, Sample, encoded
-from mmkernels.train.trainer import Schedule, Trainer, fast_bf16
+from mmkernels.train.trainer import Mean, Schedule, Trainer, fast_bf16
 
 
 class Pool:
@@ -62,9 +62,4 @@ def train_together(
     """The parts named learn to answer."""
     stages.learn_only(model, *(model.get_submodule(p) for p in parts))
     step = AnswerLoss(model)
-
-    def mean(drawn: list[Sample]) -> torch.Tensor:
-        total, count = step(drawn)
-        return total / count
-
-    return Trainer(step, pool, mean, Schedule(steps, lr)).run(name)
+    return Trainer(step, pool, lambda drawn: Mean(*step(drawn)), Schedule(steps, lr)).run(name)

@@ -30,7 +30,7 @@ from mmkernels.models.lora import with_lora
 from mmkernels.train import checkpoint, distributed
 from mmkernels.train.evaluate import exact_match
 from mmkernels.train.sample import AnswerLoss, Sample
-from mmkernels.train.trainer import Schedule, Stream, Trainer, Training
+from mmkernels.train.trainer import Mean, Schedule, Stream, Trainer, Training
 
 LEARNS = {
     "pt": ("projectors", "output_projector"),
@@ -180,7 +180,7 @@ def choose(model: MMLLM, config: RunConfig) -> None:
     if wrong:
         raise ValueError(f"learn: the model has no parts {wrong}, it has {sorted(known)}")
     draws = not config.tasks or config.tasks.get("draw", 0) > 0
-    reached = LEARN_TO_ANSWER | ({"output_projector"} if draws else set())
+    reached = LEARN_TO_ANSWER | ({"output_projector"} if draws else set())  # else it would decay
     if unreached := sorted(set(config.learn) - reached):
         raise ValueError(
             f"learn: the loss of these tasks reaches {sorted(reached & known)}, not {unreached}: an output projector "
@@ -190,12 +190,12 @@ def choose(model: MMLLM, config: RunConfig) -> None:
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
         whole = not (adapted and part == "language_model")
-        parameter.requires_grad_(part in parts and (whole or "lora_" in name))
+        learns = part in parts and part in reached
+        parameter.requires_grad_(learns and (whole or "lora_" in name))
 
 
-def _mean(step: AnswerLoss, batch: list[Sample]) -> torch.Tensor:
-    total, count = step(batch)
-    return total / max(1, count)
+def _mean(step: AnswerLoss, batch: list[Sample]) -> Mean:
+    return Mean(*step(batch))
 
 
 class Log:

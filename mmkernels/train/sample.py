@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmkernels.models import MMLLM, Features
-from mmkernels.models.features import join, select
+from mmkernels.models.features import join, select, take_part
 from mmkernels.train.drawing import image_loss
 from mmkernels.train.stages import answer_total, row_of
 
@@ -80,15 +80,16 @@ class AnswerLoss(nn.Module):
 
     def forward(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, int]:
         """Cross-entropy of the answers' tokens, summed, and their number; samples packed, each token alike. Every
-        signal token adds the error of its drawing's condition."""
+        signal token adds the error of its drawing's condition. Every part that may learn from such samples has a
+        gradient afterwards, of zeros where they have no media or drawings."""
         rows = [row_of(self.model, s.prompt, s.answer, s.draw is not None) for s in samples]
         total, count, plan, states = answer_total(
             self.model, rows, features_of(self.model, samples)
         )
         subjects = torch.tensor([s.draw for s in samples if s.draw is not None])
-        if not len(subjects):
-            return total, count
         read, generator = self.model.output_projector, self.model.generator
+        if not len(subjects):
+            return take_part(total, *(read.parameters() if read is not None else ())), count
         if read is None or generator is None:
             raise ValueError(
                 "samples are to be drawn, the model has no output projector and generator"

@@ -108,7 +108,7 @@ def answer_total(
 ) -> tuple[torch.Tensor, int, mmkernels.PackPlan, torch.Tensor]:
     """Its sum over those tokens, and how many; the plan of the rows and their hidden states. Logits exist of those
     tokens alone."""
-    answers = [torch.tensor(said) for _, said in rows]
+    answers = [torch.tensor(said, dtype=torch.int64) for _, said in rows]
     input_ids = [torch.cat((given, said)) for (given, _), said in zip(rows, answers, strict=True)]
     labels = [
         torch.cat((torch.full_like(given, IGNORE), said))

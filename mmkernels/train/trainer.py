@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +20,13 @@ class Stream(Protocol[Batch]):
     def __next__(self) -> Batch: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Mean(NamedTuple):
+    """``total / tokens``: a loss summed over tokens, and how many they are. Of no tokens it is the total, 0."""
+
+    total: torch.Tensor
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,9 @@ class Training:
 class Trainer(Generic[Batch]):
     """Minimises ``loss_of(batch)`` over the parameters of ``module`` that ask for a gradient.
 
+    Of several batches a step the loss is one mean over all their tokens, where ``loss_of`` gives a ``Mean``. Losses
+    that are tensors count alike.
+
     Matrix maths runs under bf16 autocast where the CPU multiplies bf16 natively; weights stay fp32. A step whose
     gradient is not finite changes nothing and is counted in ``skipped``.
     """
@@ -52,7 +62,7 @@ class Trainer(Generic[Batch]):
         self,
         module: nn.Module,
         stream: Stream[Batch],
-        loss_of: Callable[[Batch], torch.Tensor],
+        loss_of: Callable[[Batch], torch.Tensor | Mean],
         schedule: Schedule,
     ) -> None:
         self.stream, self.loss_of, self.schedule = stream, loss_of, schedule
@@ -69,14 +79,22 @@ class Trainer(Generic[Batch]):
         self.skipped = 0
 
     def step(self) -> float:
-        """One update; returns the mean loss of its batches."""
+        """One update; returns the loss of its batches."""
         self.optimizer.zero_grad()
-        total = 0.0
+        mean, tokens = 0.0, 0
         for _ in range(self.schedule.accumulate):
             with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16()):
-                loss = self.loss_of(next(self.stream)) / self.schedule.accumulate
-            loss.backward()
-            total += loss.item()
+                loss = self.loss_of(next(self.stream))
+                total, count = loss if isinstance(loss, Mean) else Mean(loss, 1)
+                share = total / max(1, tokens + count)
+            if tokens and count:  # what is there already was a mean over fewer
+                kept = tokens / (tokens + count)
+                mean *= kept
+                torch._foreach_mul_(
+                    [p.grad for p in self.parameters.values() if p.grad is not None], kept
+                )
+            share.backward()
+            mean, tokens = mean + share.item(), tokens + count
         norm: Any = nn.utils.clip_grad_norm_(self.parameters.values(), self.schedule.clip)
         norm = (
             norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -87,8 +105,8 @@ class Trainer(Generic[Batch]):
             self.optimizer.step()
         else:
             self.skipped += 1
-        self.losses.append(total)
-        return total
+        self.losses.append(mean)
+        return mean
 
     def run(
         self, name: str, after: Callable[["Trainer[Batch]"], None] | None = None

@@ -12,6 +12,7 @@ from vlm_zoo import Entry
 from vlm_zoo_more import ZOO as EVERY
 
 import mmkernels
+from mmkernels.train.packable import why_not_packed
 
 PATH = Path(__file__).parents[1] / "docs" / "support.md"
 PARTS = ("patch_embed", "projector", "merge", "positions")
@@ -27,6 +28,8 @@ here is patched all the same if its parts have a structure that the table knows:
 - **projector**: attention of few queries to features, pixel shuffles, mergers. Linear layers and MLPs are torch's.
 - **merge**: features placed among the tokens by `masked_scatter`.
 - **positions**: `get_rope_index` of an M-RoPE family.
+- **packed**: `PackingCollator` takes it. Its samples were compared packed and alone, by SDPA, eager attention and the
+  interface of flash-attn (`tests/test_packable.py`). *no*: it is refused, for the reason at the end of the page.
 - **–**: the class has no such part; *not yet*: it has one, and it is left alone, for the reason below the table.
 """
 
@@ -51,6 +54,12 @@ def row(entry: Entry) -> tuple[str, list[str]]:
     reasons = [
         f"`{entry.kind}` {line.module}: {line.why_not}" for line in patched.lines if line.why_not
     ]
+    if entry.generates and entry.placed:
+        why = why_not_packed(patched.model.config)
+        cells.append("no" if why else "yes")
+        reasons += [f"`{entry.kind}` packed: {why}"] if why else []
+    else:
+        cells.append("–")
     kind = entry.kind + (f" ({entry.note})" if entry.note == "Pixtral's tower" else "")
     return f"| {kind} | {' | '.join(cells)} |", reasons
 
@@ -60,12 +69,15 @@ def table() -> str:
     rows = [row(entry) for entry in ZOO]
     lines = [
         HEAD,
-        f"| class | {' | '.join(PARTS)} |",
-        "|---" * (1 + len(PARTS)) + "|",
+        f"| class | {' | '.join(PARTS)} | packed |",
+        "|---" * (2 + len(PARTS)) + "|",
         *(line for line, _ in rows),
     ]
-    reasons = [f"- {reason}" for _, told in rows for reason in told]
-    return "\n".join([*lines, "", "## Left alone", "", *reasons]) + "\n"
+    told = [f"- {reason}" for _, reasons in rows for reason in reasons]
+    packed = [line for line in told if "` packed: " in line]
+    alone = [line for line in told if line not in packed]
+    lines += ["", "## Left alone", "", *alone, "", "## Not packed", "", *packed]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

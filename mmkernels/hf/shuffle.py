@@ -104,7 +104,8 @@ def _two_images(module: Any) -> tuple[Any, ...]:
     return noise(module, 5 * m * m, module.merging_layer.in_features // m**2), sizes
 
 
-@torch.compiler.disable  # sizes are numbers of the host: one break, where the model's own loop has several
+# Sizes are numbers of the host: one break, where the model's own loop has several.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _unfold(
     module: Any, original: Any, image_features: torch.Tensor, image_sizes: Any
 ) -> torch.Tensor:

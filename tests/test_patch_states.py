@@ -16,6 +16,7 @@ from torch import nn
 pytest.importorskip("transformers")
 from packed_models import MODELS, Model, samples
 from test_packed_models import padded
+from vlm_zoo import ZOO
 
 import mmkernels
 
@@ -270,6 +271,21 @@ def test_hooks_on_layers_that_are_read_are_called(kind: str) -> None:
     tower(torch.randn(2, 3, 28, 28)).last_hidden_state.sum().backward()
     handle.remove()
     assert called.count(conv) == 1
+
+
+@pytest.mark.parametrize("name", ["LightOnOcr", pytest.param("Mistral3", marks=pytest.mark.full)])
+def test_mergers_that_read_sizes_break_no_more_graphs(name: str) -> None:
+    entry = next(e for e in ZOO if e.name == name)
+    inputs = entry.batch("images", torch.Generator().manual_seed(3))
+    breaks = []
+    for patched in (False, True):
+        torch._dynamo.reset()
+        model = entry.build()
+        if patched:
+            mmkernels.patch(model)
+        with torch.no_grad():
+            breaks.append(torch._dynamo.explain(model)(**inputs).graph_break_count)
+    assert breaks[1] <= breaks[0]
 
 
 @pytest.mark.parametrize("entry", [QWEN2, QWEN3], ids=lambda e: e.kind)

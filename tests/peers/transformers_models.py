@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
     checkout = given.checkout.resolve()
-    only_patched, tests, lines = 0, 0, []
+    only_patched, tests, lines = 0, 0, header(checkout)
     for model in given.models:
         started = time.perf_counter()
         patched, plain = compare(checkout, model)
@@ -78,7 +78,7 @@ def main() -> int:
     lines.append(f"all: {tests} ran, {only_patched} fail only patched")
     print(lines[-1])
     if given.report:
-        given.report.write_text("\n".join([*header(checkout), *lines]) + "\n")
+        given.report.write_text("\n".join(lines) + "\n")
     return int(only_patched > 0)
 
 

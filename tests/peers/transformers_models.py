@@ -22,7 +22,8 @@ from typing import Any
 MODELS = ("qwen2_vl", "qwen3_vl", "llava", "blip_2", "kosmos2", "mllama", "idefics2")
 HERE = Path(__file__).parent
 PLUGIN = "patch_every_model"
-LIMIT = 3600  # seconds for one model's tests
+SECONDS = 3600  # for one model's tests
+NAMED = "rows of features"  # in the error that docs/finetuner.md names as a limit: more features than placeholders
 
 Outcomes = dict[str, dict[str, str]]  # by test: outcome and the last line of its error
 
@@ -38,7 +39,7 @@ def run(checkout: Path, tests: Sequence[str], patched: bool) -> Outcomes:
         }  # fmt: skip
         command = [sys.executable, "-m", "pytest", "-q", "-p", PLUGIN, "-p", "no:cacheprovider"]
         log = subprocess.run(
-            [*command, *tests], cwd=checkout, env=environment, timeout=LIMIT, text=True,
+            [*command, *tests], cwd=checkout, env=environment, timeout=SECONDS, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         if not out.exists():
@@ -61,25 +62,27 @@ def main() -> int:
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
     checkout = given.checkout.resolve()
-    only_patched, tests, lines = 0, 0, header(checkout)
+    beyond, tests, lines = 0, 0, header(checkout)
     for model in given.models:
         started = time.perf_counter()
         patched, plain = compare(checkout, model)
         ran = sum(found["outcome"] != "skipped" for found in patched.values())
         ours = [test for test, found in plain.items() if found["outcome"] == "passed"]
+        named = sum(NAMED in patched[test]["why"] for test in ours)
         both = len(plain) - len(ours)
         took = time.perf_counter() - started
         lines.append(
-            f"{model}: {ran} ran, {len(ours)} fail only patched, {both} fail either way, {took:.0f} s"
+            f"{model}: {ran} ran, {len(ours)} fail only patched, {named} of them by a limit that "
+            f"docs/finetuner.md names, {both} fail either way, {took:.0f} s"
         )
         lines += [f"  {test.split('::')[-1]}: {patched[test]['why']}" for test in ours]
         print("\n".join(lines[-1 - len(ours) :]), flush=True)
-        only_patched, tests = only_patched + len(ours), tests + ran
-    lines.append(f"all: {tests} ran, {only_patched} fail only patched")
+        beyond, tests = beyond + len(ours) - named, tests + ran
+    lines.append(f"all: {tests} ran, {beyond} fail only patched beyond the limits")
     print(lines[-1])
     if given.report:
         given.report.write_text("\n".join(lines) + "\n")
-    return int(only_patched > 0)
+    return int(beyond > 0)
 
 
 def header(checkout: Path) -> list[str]:

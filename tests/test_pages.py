@@ -63,6 +63,7 @@ COMMANDS: dict[str, str | tuple[str, str]] = {
     "python tests/support_table.py": "minutes, and it writes a page; tests/test_patch_classes.py patches them all",
     "pytest benchmarks": ("Makefile", "full: (.*\n\t)*.*pytest -q benchmarks"),
     "MMKERNELS_ISA=avx2 python ...": ("tests/sanitize.sh", "MMKERNELS_ISA="),
+    "python tests/peers/transformers_models.py CHECKOUT": "needs transformers' own tests, which no package holds",
     "pip install --no-build-isolation .": ("Makefile", "pip install --quiet --no-build-isolation -e"),
     "pre-commit install": "fetches its hooks from the network; `make lint` runs ruff and mypy",
     "source .venv/bin/activate": "tests/guide.py puts the interpreter's folder on the path",
@@ -178,6 +179,12 @@ def of_checkpoint(names: Names, said: str) -> None:
     assert all(" ".join(line.split()) in words for line in shown.splitlines()), said
 
 
+def of_packing(names: Names, said: str) -> None:
+    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}]
+    batch = names["collate"](rows)
+    assert names["model"](**batch).loss.isfinite() and batch["input_ids"].shape == (1, 5)
+
+
 def of_serving(names: Names, said: str) -> None:
     assert names["request"].error is None and names["engine"].counters.new_tokens > 0
 
@@ -187,6 +194,7 @@ PYTHON: dict[tuple[str, int], tuple[Callable[[Path], Names], Callable[[Names, st
     ("README.md", 1): (module, of_module),
     ("README.md", 2): (ops, of_ops),
     ("docs/finetuner.md", 0): (checkpoint, of_checkpoint),
+    ("docs/finetuner.md", 1): (patching, of_packing),
     ("docs/serving.md", 0): (serving, of_serving),
 }
 

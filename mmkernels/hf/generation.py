@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mmkernels.hf.row import Found
+from mmkernels.hf.row import Found, class_of
 
 METHOD = "_prepare_cache_for_generation"
 NAMES = ("cache", "past_key_values")  # the second before transformers 5.24
@@ -20,11 +20,11 @@ PAGE_SIZE = 16
 def pages(module: nn.Module) -> Found | str | None:
     """A decoder of transformers all of whose layers attend to everything before."""
     config: Any = getattr(module, "config", None)
-    if not inspect.isfunction(getattr(type(module), "generate", None)) or config is None:
+    if not inspect.isfunction(getattr(class_of(module), "generate", None)) or config is None:
         return None
     from transformers import GenerationMixin
 
-    method = getattr(type(module), METHOD, None)
+    method = getattr(class_of(module), METHOD, None)
     if method is None or method is not getattr(GenerationMixin, METHOD, None):
         return "makes a cache of its own"
     try:

@@ -50,6 +50,7 @@ class Patched:
         """Puts every method back: the model computes what it did, bit for bit.
 
         What has been put around a method since (accelerate's hooks, say) stays, around the model's own again.
+        Copies of the model made since are taken back with it.
         """
         for module, method in self.replaced:
             detach(module, method)
